@@ -214,6 +214,8 @@ MESSAGES_REFUSED: Final = "messages_refused"
 """Messages that the server refused: this site may not publish there, or JetStream takes no more."""
 MESSAGES_UNREADABLE: Final = "messages_unreadable"
 """Messages from other sites that were none of fanwire's, or said another origin than their subject."""
+NOT_AWAITED: Final = "messages_not_awaited"
+"""Messages of other nodes that were still to come when this one began to serve, as no more of them came."""
 
 # dropped on purpose, by cause
 DROPPED: Final = "dropped_"

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from math import inf
 from typing import Final
 
 import msgspec
@@ -19,7 +20,7 @@ from services.uplink.subjects import Origin, unparse_subject
 from shared.bus.bodies.nodes_message import NODES_TOPIC, NodeState
 from shared.bus.messages import Envelope, Status, status_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
-from shared.ledger.counters import MESSAGES_UNREADABLE
+from shared.ledger.counters import MESSAGES_UNREADABLE, NOT_AWAITED
 from shared.log import get_logger
 from shared.nats.connection import reason
 from shared.settings.uplink import Uplink
@@ -34,7 +35,10 @@ RING_SECONDS: Final = 2.5
 MOST_PENDING: Final = 64
 """Messages of another node that may still be to come, once this one has caught up."""
 PATIENCE_SECONDS: Final = 15.0
-"""Time after which a node serves that does not learn what is still to come, or senders elsewhere do not come along."""
+"""Time after which a node serves that does not learn what is still to come, or senders elsewhere do not come along.
+
+So it does where no more has come for so long: JetStream needs up to ten seconds for the leader of a stream.
+"""
 YIELD_SECONDS: Final = 0.25
 """Time for the others to leave off serving what is this node's from now on: what both send comes twice."""
 PROBE: Final = "%nodes"
@@ -70,6 +74,8 @@ class Node:
         self._joining_at = float("inf")
         """The time at which the senders here were told that this node joins."""
         self._tell_at = 0.0
+        self._fewest: dict[str, tuple[int, float]] = {}
+        """By node: the fewest messages that were still to come while this one joins, and since when."""
         for service in SENDERS:
             subscriber.subscribe(status_topic(service)[:-1])
 
@@ -94,6 +100,7 @@ class Node:
         members = self._cluster.members
         if self._cluster.holds or self._cluster.regains():
             self._connected_at, members.state = max(self._connected_at, now), "joining"
+            self._fewest.clear()
         elif members.state == "joining" and self._has_caught_up(now):
             self._tell_at = 0.0
             self._tell("joining", now)
@@ -101,6 +108,7 @@ class Node:
             self._yield_until = now if self._cluster.serves_already else now + YIELD_SECONDS
             self._beat_due.set()
             log.info("this node serves collectors from now on", node=self._own)
+            self._count_not_awaited()
         if any(NODES_TOPIC.startswith(prefix) for prefix in fresh):
             self._tell_at = 0.0
         if self._cluster.tells:
@@ -124,15 +132,33 @@ class Node:
         if now < self._joining_at + RING_SECONDS and not self._cluster.serves_already:
             return False
         pending = self._pending()
-        if any(messages > MOST_PENDING for messages in pending.values()):
+        if self._still_come(pending, now):
             return False
         level = pending.keys() >= set(self._cluster.members.others) and self._cluster.follows
         return level or now >= self._connected_at + PATIENCE_SECONDS
+
+    def _still_come(self, pending: Mapping[str, int], now: float) -> bool:
+        """Return whether there are many messages of a node still to come, and some have come lately."""
+        for node, messages in pending.items():
+            if messages < self._fewest.get(node, (inf, now))[0]:
+                self._fewest[node] = messages, now
+        return any(
+            messages > MOST_PENDING and now < self._fewest[node][1] + PATIENCE_SECONDS
+            for node, messages in pending.items()
+        )
+
+    def _count_not_awaited(self) -> None:
+        left = {node: messages for node, messages in self._pending().items() if messages > MOST_PENDING}
+        if left:
+            self._account[NOT_AWAITED] += sum(left.values())
+            told = "no more comes of what other nodes have sent: this node serves without it"
+            log.warning(told, messages=left, cure="look at the NATS servers: a stream may have no leader")
 
     async def run(self, session: Session) -> None:
         """Send beats by this connection, and hear those of others, until it ends."""
         await session.client.subscribe(f"{ROOT}.*", cb=self._take)
         self._connected_at = time.monotonic()
+        self._fewest.clear()
         try:
             while True:
                 self._beat_due.clear()

@@ -5,15 +5,17 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from structlog.testing import capture_logs
 
 from services.uplink.incoming.arrivals import Key
 from services.uplink.nodes import node as module
 from services.uplink.nodes.beats import Beat, Reached, State, beat_subject, unparse_beat
 from services.uplink.nodes.cluster import SETTLE_SECONDS, Cluster
 from services.uplink.nodes.membership import BEAT_SECONDS, SILENT_SECONDS
-from services.uplink.nodes.node import HEAR_SECONDS, LOOK_SECONDS, Node
+from services.uplink.nodes.node import HEAR_SECONDS, LOOK_SECONDS, MOST_PENDING, PATIENCE_SECONDS, Node
 from shared.bus.messages import Envelope, Status
 from shared.client import Source
+from shared.ledger.counters import NOT_AWAITED
 from shared.owners import Minority
 from shared.settings.uplink import Uplink
 
@@ -28,7 +30,9 @@ class World:
         self.now = 100.0
         settings = Uplink(servers=("nats://127.0.0.1:4222",), site="a", nodes=NODES, minority=minority)
         publisher = Mock(sender="uplink.1", boot=1)
-        self.node = Node(settings, publisher, Mock(), Counter(), lambda: {"b": 0, "c": 0})
+        self.pending = {"b": 0, "c": 0}
+        self.account = Counter[str]()
+        self.node = Node(settings, publisher, Mock(), self.account, lambda: self.pending)
         self.cluster = Cluster("a", NODES, minority, "uplink.1", 1, lambda: self.now, lambda: 33)
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(self.node, "_cluster", self.cluster)
@@ -159,3 +163,17 @@ def test_nodes_that_were_all_parted_serve_on(parted: World) -> None:
     assert parted.pass_time(SETTLE_SECONDS, "b", "c") == "live"
     assert parted.pass_time(SILENT_SECONDS + LOOK_SECONDS, "b") == "live"
     assert parted.cluster.nodes("live", {}).serving == ("a", "b")
+
+
+def test_a_node_waits_for_messages_of_others_as_long_as_they_come(parted: World) -> None:
+    """The stream of another node may have no leader for ever: then the node serves, and counts what waits of it."""
+    parted.pending = {"b": 1000, "c": MOST_PENDING + 1}
+    assert parted.pass_time(PATIENCE_SECONDS, "b", "c", missed=60) == "joining"
+    parted.pending["b"], parted.pending["c"] = 900, 0
+    assert parted.pass_time(PATIENCE_SECONDS - LOOK_SECONDS, "b", "c", missed=60) == "joining"
+    assert parted.account[NOT_AWAITED] == 0
+    with capture_logs() as logs:
+        assert parted.pass_time(2 * LOOK_SECONDS, "b", "c", missed=60) == "live"
+    told = [(each["event"], each["messages"]) for each in logs if each["log_level"] == "warning"]
+    assert told == [("no more comes of what other nodes have sent: this node serves without it", {"b": 900})]
+    assert parted.account[NOT_AWAITED] == 900
