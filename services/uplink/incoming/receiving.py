@@ -39,6 +39,8 @@ ACK_WAIT_SECONDS: Final = 30.0
 MAX_ACK_PENDING: Final = 2 * PULLED
 NEXT: Final = "next"
 HEARTBEAT: Final = "100"
+LAST: Final = "Nats-Last-Consumer"
+"""A heartbeat's header: the consumer's number of the last message that it has handed on."""
 OVER: Final = ("404", "408")
 """Ends of a request in due time: there is nothing, or it has expired."""
 USED_UP: Final = ("Batch Completed", "Message Size Exceeds MaxBytes")
@@ -180,7 +182,11 @@ class Receiver:
             headers = message.headers or {}
             status = headers.get("Status")
             # A status comes on the inbox of its request: that of an earlier one tells nothing any more.
-            if status == HEARTBEAT or message.subject.rpartition(".")[2] != str(self._asked):
+            if message.subject.rpartition(".")[2] != str(self._asked):
+                return
+            if status == HEARTBEAT:
+                if int(headers.get(LAST, 0)) >= self._next:  # nothing may follow that would tell
+                    self._note_lost(session)
                 return
             told = headers.get("Description", "")
             if status not in OVER and told not in USED_UP:
@@ -189,8 +195,7 @@ class Receiver:
             return
         about = message.metadata
         if about.sequence.consumer != self._next:  # what is missing would come after `ack_wait`, behind newer
-            self._lose(session, f"messages of site {self.site} were lost on the way here: they are fetched again")
-            self._asked_anew.set()
+            self._note_lost(session)
             return
         self._next = about.sequence.consumer + 1
         self._lag[WAITING_MESSAGES] = about.num_pending
@@ -201,6 +206,10 @@ class Receiver:
         self._left -= 1
         if self._left <= 0:
             self._asked_anew.set()
+
+    def _note_lost(self, session: Session) -> None:
+        self._lose(session, f"messages of site {self.site} were lost on the way here: they are fetched again")
+        self._asked_anew.set()
 
     def _lose(self, session: Session, told: str) -> None:
         """Look after the consumer before more is asked for."""

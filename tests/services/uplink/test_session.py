@@ -573,9 +573,11 @@ def test_what_was_lost_on_the_way_comes_before_newer(plain: NatsServer) -> None:
     assert reader.says("messages of site losing were lost on the way here: they are fetched again")()
 
 
-def test_the_first_message_that_was_lost_on_the_way_comes_before_newer(plain: NatsServer) -> None:
-    """The consumer tells what it has handed on before anything comes by this connection."""
-    sender, reader = sending_and_receiving(plain, "losing-first")
+@pytest.mark.parametrize("lost", [1, 3])
+def test_what_was_lost_before_anything_came(plain: NatsServer, monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
+    """Messages that were lost first come before newer; where nothing follows them, a heartbeat tells of them."""
+    monkeypatch.setattr(receiving, "HEARTBEAT_SECONDS", 1)
+    sender, reader = sending_and_receiving(plain, f"losing-{lost}")
     sender.offer(b"one", b"two", b"three")
     sender.run(lambda: sender.counted[ACKNOWLEDGED] == 3)
     reader.lag.clear()
@@ -587,14 +589,17 @@ def test_the_first_message_that_was_lost_on_the_way_comes_before_newer(plain: Na
         while WAITING_MESSAGES not in reader.lag:
             await asyncio.sleep(0.01)
         elsewhere = await client.subscribe("elsewhere")
-        await client.publish("$JS.API.CONSUMER.MSG.NEXT.fanwire-losing-first.to-reader", b'{"batch": 1}', "elsewhere")
-        await elsewhere.next_msg(30)
+        asked = f"$JS.API.CONSUMER.MSG.NEXT.fanwire-losing-{lost}.to-reader"
+        await client.publish(asked, b'{"batch": %d}' % lost, "elsewhere")
+        for _ in range(lost):
+            await elsewhere.next_msg(30)
         await client.close()
         opened.set()
 
     running = list[asyncio.Task[None]]()
     reader.run(lambda: len(reader.came) == 3, lambda: running.append(asyncio.create_task(interfere())))
     assert reader.came == [b"one", b"two", b"three"]
+    assert reader.says(f"messages of site losing-{lost} were lost on the way here: they are fetched again")()
 
 
 def test_an_earlier_connection_that_lingers_gets_nothing(plain: NatsServer) -> None:
