@@ -131,7 +131,7 @@ class Sending:
             if journaled is None:
                 self.outbox.take(stream, len(taken.batch))
             elif journaled.is_broken_by(taken):
-                self._defer(journaled)
+                self._defer_gap(journaled)
             if journaled and journaled.pursued:
                 journaled.keep(taken)
             elif journaled is None or not journaled.refuses((envelope.sender, envelope.boot)):
@@ -161,7 +161,7 @@ class Sending:
                 self._take_lost(each.stream, each.datagrams, UNSERVED)
         for stream in gaps:
             if (journaled := self._journal.streams.get(stream)) and journaled.pursued is None:
-                self._defer(journaled)
+                self._defer_gap(journaled)
 
     def _note_owed(self) -> None:
         for stream, journaled in self._journal.streams.items():
@@ -245,12 +245,24 @@ class Sending:
             self._close_earlier(envelope, stream)
             self._pack(Message(datagrams_topic(stream), envelope, Datagrams(stream, batch.received_ns), batch), batch)
 
+    def _defer_gap(self, journaled: JournaledStream) -> None:
+        """Leave what is missing to the journal, and all that comes behind it; what has come before it goes."""
+        for key, packer in self._filling():
+            if key[2] == journaled.stream:
+                self._close(key, packer, time.monotonic())
+        if journaled.pursued is None:
+            self._read_past(journaled)
+
     def _defer(self, journaled: JournaledStream) -> None:
         """Leave what has found no room to the journal, and all that comes behind it."""
         for key in [key for key in self._packers if key[2] == journaled.stream]:
             del self._packers[key]
-        journaled.defer()
+        self._read_past(journaled)
         self._troubles.say("room", "datagrams for other sites wait in the journal until there is room for them")
+
+    def _read_past(self, journaled: JournaledStream) -> None:
+        self._note_owed()  # what goes by now would count as read from the journal before it came
+        journaled.defer()
 
     def _due_at(self, packer: Packer) -> float:
         return packer.since + self._fill

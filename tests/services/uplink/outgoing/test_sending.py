@@ -20,7 +20,7 @@ from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.limits import MAX_ROWS
 from shared.fanout.past.journal_questions import SILENT_SECONDS
 from shared.fanout.past.pursuit import PursuitState
-from shared.ledger.counters import TOO_MANY_WORKERS
+from shared.ledger.counters import NOT_JOURNALED, TOO_MANY_WORKERS
 from shared.ledger.equations import discrepancies
 from shared.nats.troubles import Troubles
 from shared.process.memory import Memory
@@ -146,6 +146,22 @@ class Sent:
         assert not list(discrepancies({f"sending/{STREAM}": found}))
         return found
 
+    def give_journal_up(self) -> None:
+        """Let the time be over for which a journal is waited for that gives nothing, and go on from the bus."""
+        pursued = self.journal.streams[STREAM].pursued
+        assert pursued is not None
+        pursued.waited = SILENT_SECONDS
+        self.follow_journal()
+
+    def follow_journal(self) -> None:
+        """Take turns until nothing more is to be read from the journal."""
+
+        def followed() -> bool:
+            self.sending.turn()
+            return not self.journal.behind
+
+        wait_until(followed, "it is live")
+
     def settle(self) -> None:
         """Take turns until all that workers published has arrived, once and in order."""
         published = {worker: self.bus.published(worker) for worker in self.bus.journal}
@@ -243,6 +259,15 @@ def test_messages_that_find_no_room_leave_all_of_the_stream_to_the_journal(sent:
     assert sent.sending.outbox.size == 0
 
 
+def test_what_went_in_the_turn_that_found_no_more_room_is_in_the_account(sent: Sent) -> None:
+    """One turn fills all room and leaves the rest to the journal: what it let go before counts as taken."""
+    for _ in range(12):
+        sent.bus.let_batch_come("ingest.1", 15, 30_000)
+    sent.sending.turn()
+    assert sent.journal.behind
+    sent.settle()
+
+
 @pytest.mark.parametrize("later", [False, True])
 def test_workers_beyond_the_bound_are_counted(sent: Sent, monkeypatch: pytest.MonkeyPatch, later: bool) -> None:
     """More workers of a journaled stream than have a place: all of the last ones is dropped, counted and said.
@@ -308,6 +333,22 @@ def test_a_journal_that_was_given_up_is_waited_for_again(sent: Sent, monkeypatch
     journaled.pursued.waited = SILENT_SECONDS
     assert [step.missing for step in journaled.settle(gone=True)] == [5]
     assert (journaled.pursued.pursuit.state, journaled.pursued.waited) == (PursuitState.WINDOW, 0.0)
+
+
+def test_what_came_before_a_gap_goes_without_the_journal(sent: Sent) -> None:
+    """A message that is being filled when a gap is found has come by the bus: a journal that hangs does not matter."""
+    sent.bus.publish = lambda *_: True  # type: ignore[method-assign]
+    sent.bus.let_batch_come("ingest.1", 3)
+    sent.sending.turn()
+    sent.bus.let_batch_come("ingest.1", 5, lost=True)
+    sent.bus.let_batch_come("ingest.1", 2)
+    sent.sending.turn()
+    assert "room" not in sent.troubles.now
+    sent.give_journal_up()
+    sent.sending.close_all()
+    sent.acknowledge()
+    assert sent.arrived == [("ingest.1", at) for at in (0, 1, 2, 8, 9)]
+    assert (sent.account["acknowledged"], sent.account[NOT_JOURNALED], sent.account["held"]) == (5, 5, 0)
 
 
 def test_workers_that_have_ended_are_forgotten() -> None:
