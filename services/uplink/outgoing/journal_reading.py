@@ -7,6 +7,7 @@ from typing import Final
 from services.uplink.outgoing.batches import BusBatches
 from services.uplink.outgoing.journaled import JournaledStream
 from services.uplink.packs import Pack
+from shared.bus.bodies.journal_messages import JournalPortion
 from shared.bus.kept_counts import KeptCounts
 from shared.bus.messages import Message, Status, status_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
@@ -32,6 +33,8 @@ class JournalReading:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.streams: dict[str, JournaledStream] = {}
+        self.given_up = False
+        """True where datagrams were missing that the journal has not given in time, until it gives something again."""
         self._subscriber = subscriber
         self._new_counts = new_counts
         self._window_bytes = window_bytes
@@ -69,6 +72,8 @@ class JournalReading:
                 journaled.confirm(*told(stream))
         else:
             self._questions.handle(message)
+            if isinstance(message.body, JournalPortion) and not message.body.error:
+                self.given_up = False
 
     @property
     def awaits(self) -> bool:
@@ -95,7 +100,9 @@ class JournalReading:
             if journaled.pursued and room():
                 if here:
                     self._questions.ask(journaled.pursued, now)
-                for step in journaled.settle(gone=self._questions.are_vain(journaled.pursued, now)):
+                vain = self._questions.are_vain(journaled.pursued, now)
+                for step in journaled.settle(gone=vain):
+                    self.given_up |= vain and step.missing > 0
                     yield journaled, step
 
     def note_settled(self, pack: Pack) -> None:

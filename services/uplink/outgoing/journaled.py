@@ -54,6 +54,8 @@ class JournaledStream:
         self.cursors = Cursors(stream, new_counts)
         self.pursued: Pursued | None = None
         """The way through the journal; None: it is live."""
+        self._missing = 0
+        """Datagrams that nobody had, on this way through the journal."""
         self._positions = positions
         self._window_bytes = window_bytes
         self._clock = clock
@@ -111,6 +113,7 @@ class JournaledStream:
         pursuit = Pursuit(self.stream, since_ns or time.time_ns() - LATE_NS, Counter(), self._clock)
         pursuit.begin(places, positions, waiting)
         self.pursued = Pursued("other sites", 0, pursuit)
+        self._missing = 0
 
     def _places(self) -> list[Place]:
         """Return the places from which to read, of a worker's starts in the order that a reader of the journal needs.
@@ -175,12 +178,17 @@ class JournaledStream:
             yield from self._advance(pursuit, step)
         if self.pursued.check(self._window, positions, at_once=gone) is PursuitState.LIVE:
             self.pursued, self._window = None, self._new_window()
-            log.info("what other sites are to have has been read from the journal", stream=self.stream)
+            if self._missing:
+                told = "other sites go without datagrams that came neither by the bus nor from the journal"
+                log.warning(told, stream=self.stream, datagrams=self._missing)
+            else:
+                log.info("what other sites are to have has been read from the journal", stream=self.stream)
 
     def _advance(self, pursuit: Pursuit, step: Step) -> Iterator[Step]:
         """Move on by a step, and yield it, if it is of a worker that is sent."""
         start, worker = step.stop - (len(step.batch) if step.batch is not None else 0), step.numbered.worker
         pursuit.advance(step)
+        self._missing += step.missing
         if not self.refuses(worker):
             self.cursors.begin(worker, start - step.missing, step.numbered.batch.received_ns)
             yield step

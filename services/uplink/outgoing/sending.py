@@ -24,6 +24,7 @@ from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.messages import VERSION, Datagrams, Envelope, Message, datagrams_topic
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.limits import MAX_PAYLOAD, ROW_SIZE
+from shared.fanout.past.journal_questions import SILENT_SECONDS
 from shared.fanout.past.pursuit import Step
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import (
@@ -299,6 +300,10 @@ class Sending:
         for key, packer in list(self._packers.items()):
             if not packer.datagrams and now - self._packed_at[key] > FORGET_SECONDS:
                 del self._packers[key], self._packed_at[key]
+        if self._journal.given_up:
+            self._troubles.say("journal", _GIVEN_UP)
+        else:
+            self._troubles.end("journal", "the journal gives again what other sites are to have")
         if self.outbox.room and not self._journal.behind:
             self._troubles.end("room", "there is room again for what waits for JetStream")
 
@@ -319,6 +324,10 @@ class Sending:
         return {**self._batches.accounts(), **{name: dict(account) for name, account in self.accounts.items()}}
 
 
+_GIVEN_UP: Final = (
+    f"the journal has given nothing for {SILENT_SECONDS:g} s: what other sites are to have, and it alone may have, is "
+    "dropped_not_journaled; see whether the journal runs, and look at its log, and at its disk"
+)
 _NO_ROOM: Final = (
     "no more may wait for the NATS servers: datagrams for other sites are dropped until one can be reached",
     "JetStream acknowledges too slowly: datagrams for other sites are dropped",

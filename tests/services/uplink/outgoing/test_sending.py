@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from services.uplink.outgoing import cursors
 from services.uplink.outgoing.batches import BusBatches
@@ -349,6 +350,38 @@ def test_what_came_before_a_gap_goes_without_the_journal(sent: Sent) -> None:
     sent.acknowledge()
     assert sent.arrived == [("ingest.1", at) for at in (0, 1, 2, 8, 9)]
     assert (sent.account["acknowledged"], sent.account[NOT_JOURNALED], sent.account["held"]) == (5, 5, 0)
+
+
+def test_a_journal_that_gives_nothing_is_told_of_once(sent: Sent) -> None:
+    """The log says once that other sites go without what it may have, and how much that was; then that it is over."""
+    sent.bus.let_batch_come("ingest.1", 3)
+    sent.settle()
+    answer, lost = sent.bus.publish, 0
+    told = f"the journal has given nothing for {SILENT_SECONDS:g} s: what other sites are to have, and it alone may"
+    with capture_logs() as lines:
+        for count in (5, 4):
+            sent.bus.publish = lambda *_: True  # type: ignore[method-assign]
+            sent.bus.let_batch_come("ingest.1", count, lost=True)
+            sent.bus.let_batch_come("ingest.1", 1)
+            sent.sending.turn()
+            sent.give_journal_up()
+            sent.sending.keep_up()
+            lost += count
+            assert sent.account[NOT_JOURNALED] == lost
+        sent.bus.publish = answer  # type: ignore[method-assign]
+        sent.bus.let_batch_come("ingest.1", 2, lost=True)
+        sent.bus.let_mark_come("ingest.1")
+        sent.follow_journal()
+        sent.sending.keep_up()
+    said = [(line["event"], line.get("datagrams")) for line in lines]
+    lacked = "other sites go without datagrams that came neither by the bus nor from the journal"
+    assert said[0] == (lacked, 5)
+    assert said[1][0].startswith(told)
+    assert said[2:] == [
+        (lacked, 4),
+        ("what other sites are to have has been read from the journal", None),
+        ("the journal gives again what other sites are to have", None),
+    ]
 
 
 def test_workers_that_have_ended_are_forgotten() -> None:
