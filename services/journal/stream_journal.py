@@ -109,6 +109,12 @@ class StreamJournal:
                 size, ended_ns = sum(each.st_size for each in found), max(each.st_mtime_ns for each in found)
                 self._kept[segment.number] = Kept(segment, size, ended_ns)
         self._next_number = max(self._kept, default=0) + 1
+        if (newest := self._kept.get(self._next_number - 1)) and newest.segment.packed:
+            log.warning(
+                "the newest segment is compressed: the journal does not know what it has of it, and keeps some of it "
+                "once more, or counts it as unserved", segment=newest.segment.name, stream=self.stream,
+                cure="compress none of the last minutes while the journal is stopped",
+            )  # fmt: skip
         self.reached = find_reached(self.directory.parent, self.stream, known)
 
     def _note_bad(self, segment: Segment) -> None:

@@ -86,7 +86,7 @@ class _PortionReader:
 
     def _start(self, some: Sequence[Segment]) -> tuple[int, int]:
         place = self._wanted.place
-        if place is not None and some and place.segment <= some[-1].number:  # else numbers have begun anew
+        if place is not None and _is_among(some, place):
             index = next(at for at, segment in enumerate(some) if segment.number >= place.segment)
             self._from_the_first = index == 0 and some[index].number > place.segment
             return index, place.offset if some[index].number == place.segment else 0
@@ -97,7 +97,7 @@ class _PortionReader:
 
     def _read_segment(self, reader: SegmentReader, offset: int) -> bool:
         """Read on in a segment; return whether the portion is full."""
-        segment, end = reader.segment.number, 0
+        segment, end = reader.segment, 0
         for head in reader.heads(offset):
             if self._passed >= MAX_PASSED and not self.portion.batches:
                 full = True
@@ -107,11 +107,11 @@ class _PortionReader:
                 self._passed += 1
                 self._met.add(head.identity.worker)
             if full:
-                self.portion.place = JournalPlace(segment, head.offset)
+                self.portion.place = JournalPlace(segment.number, head.offset, segment.began_ns)
                 return True
             end = head.end
         if end:
-            self.portion.place = JournalPlace(segment, end)
+            self.portion.place = JournalPlace(segment.number, end, segment.began_ns)
         return False
 
     def _is_wanted(self, head: Head) -> bool:
@@ -163,6 +163,13 @@ def read_portion(
     return _PortionReader(wanted, most_batches).read(directory, segments)
 
 
+def _is_among(some: Sequence[Segment], place: JournalPlace) -> bool:
+    """Return whether a place is in one of these segments, or was in one before them; else numbers have begun anew."""
+    there = [each.began_ns for each in some if each.number == place.segment]
+    known = not (there and place.began_ns) or place.began_ns in there
+    return bool(some) and place.segment <= some[-1].number and known
+
+
 @dataclass(slots=True)
 class PastBatches:
     """The batches of a stream that were received in a span of time, the oldest segment first."""
@@ -174,21 +181,28 @@ class PastBatches:
     damaged: int = 0
     """Bytes passed over so far."""
     gone: int = 0
-    """Segments that retention removed before they were read."""
+    """Segments that were removed before they were read."""
     unread: Counter[str] = field(default_factory=Counter)
     """Segments that could not be read, or not to their end, by the error."""
     place: JournalPlace | None = None
     """Place of the batch that was yielded last; None before the first."""
 
-    def batches(self, start: JournalPlace | None = None) -> Iterator[tuple[DatagramBatch, Destination]]:
-        """Yield batches with where they were sent to; from a place on, if one is given."""
+    def batches(
+        self, start: JournalPlace | None = None, last_ns: int = 0
+    ) -> Iterator[tuple[DatagramBatch, Destination]]:
+        """Yield batches with where they were sent to; from a place on, if one is given.
+
+        `last_ns` is the time of the batch there: where numbers have begun anew, what was received later follows.
+        """
+        if start is not None and self.segments and not _is_among(self.segments, start):
+            self.gone, start, self.since_ns = self.gone + 1, None, max(self.since_ns, last_ns + 1)
         some = self.segments[first_for(self.segments, self.since_ns) :]
-        if start is not None and self.segments and start.segment > self.segments[-1].number:
-            self.gone, start = self.gone + 1, None  # numbers have begun anew
         if start is not None:
             some = [segment for segment in some if segment.number >= start.segment]
             self.gone += some[0].number - start.segment if some else 0
         for segment, following in zip_longest(some, some[1:]):
+            if following and following.began_ns < self.until_ns:
+                self.gone += following.number - segment.number - 1
             later = segment.began_ns > self.until_ns + LATE_NS
             if later and following and following.began_ns >= segment.began_ns:  # else a clock was set back within it
                 continue
@@ -214,5 +228,5 @@ class PastBatches:
             except RecordError:
                 self.damaged += head.size
                 continue
-            self.place = JournalPlace(reader.segment.number, head.offset)
+            self.place = JournalPlace(reader.segment.number, head.offset, reader.segment.began_ns)
             yield batch

@@ -48,9 +48,11 @@ class Wanted:
     began_ns: int
     """The time at which it begins, or at which there is something."""
 
-    def batches(self, start: JournalPlace | None = None) -> Iterator[tuple[DatagramBatch, Indices, Destination]]:
+    def batches(
+        self, start: JournalPlace | None = None, last_ns: int = 0
+    ) -> Iterator[tuple[DatagramBatch, Indices, Destination]]:
         """Yield batches with the rows that are wanted, and with the destination of their datagrams."""
-        for batch, destination in self.past.batches(start):
+        for batch, destination in self.past.batches(start, last_ns):
             if self.prefixes is None:
                 rows = np.arange(len(batch))
             else:
@@ -117,7 +119,7 @@ def tell_losses(wanted: Wanted) -> bool:
     if wanted.past.damaged:
         say(f"{wanted.past.damaged} bytes of the journal are damaged: what was in them is left out")
     if wanted.past.gone:
-        say(f"segments that the journal removed before they were read: {wanted.past.gone}; they are left out")
+        say(f"segments that were removed before they were read: {wanted.past.gone}; they are left out")
     for error, number in wanted.past.unread.items():
         say(f"segments that can't be read: {number} ({error}); they are left out{CURES.get(error, '')}")
     return wanted.past.damaged + wanted.past.gone + wanted.past.unread.total() > 0

@@ -41,10 +41,15 @@ class WorkerPosition(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class JournalPlace(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """The place of a batch in the journal's files: the number of its segment, and the byte at which it begins."""
+    """The place of a batch in the journal's files: the number of its segment, and the byte at which it begins.
+
+    `began_ns` is the time in the segment's name: numbers are given again where the newest segments were removed while
+    no journal ran. 0: it is not told.
+    """
 
     segment: Number
     offset: Number
+    began_ns: Number = 0
 
 
 class JournalRead(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -165,9 +165,16 @@ def test_what_others_have_removed_is_not_there(
 
 @pytest.mark.parametrize("kept_too", [True, False])
 def test_compressed_segments_count_and_go_in_their_turn(
-    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch, kept_too: bool
+    tmp_path: Path,
+    disk: DiskThread,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kept_too: bool,
 ) -> None:
-    """Another program compresses segments, before a start or behind it: they take room, and the oldest goes first."""
+    """Another program compresses segments, before a start or behind it: they take room, and the oldest goes first.
+
+    Where it is the newest that can't be read, the start says what that costs.
+    """
     journal = left_by_two_workers(tmp_path, disk, monkeypatch)
     one, *_, six = sorted((tmp_path / "flows").iterdir())
 
@@ -185,6 +192,9 @@ def test_compressed_segments_count_and_go_in_their_turn(
     journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
     journal.open()
     assert [each.number for each in journal.segments()] == [2, 3, 4, 5, *([6] if kept_too else [])]
+    said = capsys.readouterr().out
+    for words in ("the newest segment is compressed", "compress none of the last minutes"):
+        assert (words in said) == (not kept_too)
     assert (journal.report()[SEGMENTS], journal.report()[KEPT_BYTES]) == (5, size)
     journal.append(identities(rows=[1])[0], batch_of([("192.0.2.1", 1, b"one")]))
     journal.write()

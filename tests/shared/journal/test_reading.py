@@ -184,3 +184,32 @@ def test_a_replay_goes_on_in_a_journal_whose_numbers_have_begun_anew(two_workers
     past = PastBatches(directory, segments_in(directory.parent, "flows"), 0, 1 << 62)
     assert len(list(past.batches(JournalPlace(4, 1000)))) == len(order)
     assert past.gone == 1
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_a_number_that_was_given_again(two_workers: tuple[Path, Batches], number: int) -> None:
+    """The newest segments were removed while no journal ran: a reader gets all that is new, and no old batch again."""
+    directory, order = two_workers
+    for gone in segments_in(directory.parent, "flows")[number - 1 :]:
+        (directory / gone.name).unlink()
+    new = batches_of("ingest.2", 9, 15, NOW)[12:]
+    write_segment(directory, new, number)
+    place, had = JournalPlace(min(number + 1, 3), 1 << 20, NOW + 6 * SECOND), order[-1][1].received_ns
+    start = [WorkerPosition("ingest.1", 3, 6, 12, had), WorkerPosition("ingest.2", 9, 12, 24, had)]
+    for at in (place, JournalPlace(number, 200, NOW + 6 * SECOND)):
+        wanted = JournalRead(1, "replay/forwarder.1.a/", "flows", 0, start, place=at)
+        portion = read_portion(directory, lambda: segments_in(directory.parent, "flows"), wanted)
+        assert [as_written(*each) for each in portion.batches] == [as_written(*each) for each in new]
+        past = PastBatches(directory, segments_in(directory.parent, "flows"), 0, 1 << 62)
+        assert [batch.received_ns for batch, _ in past.batches(at, had)] == [each[1].received_ns for each in new]
+        assert past.gone == 1
+
+
+def test_segments_that_somebody_has_removed_are_counted(two_workers: tuple[Path, Batches]) -> None:
+    """One in the middle is missing, as its number tells, where the span of time goes beyond it."""
+    directory, order = two_workers
+    (directory / segments_in(directory.parent, "flows")[1].name).unlink()
+    for until_ns, gone in ((1 << 62, 1), (NOW + 2 * SECOND, 0)):
+        past = PastBatches(directory, segments_in(directory.parent, "flows"), 0, until_ns)
+        expected = [each for each in order[:8] + order[16:] if each[1].received_ns < until_ns]
+        assert (len(list(past.batches())), past.gone) == (len(expected), gone)

@@ -42,6 +42,10 @@ class Bookmark(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     until_ns: int
     segment: int = 0
     offset: int = 0
+    began_ns: int = 0
+    """The beginning of that segment."""
+    last_ns: int = 0
+    """The time of receipt of that batch."""
     rows: int = 0
     """Datagrams of that batch that were sent."""
     sent: int = 0
@@ -169,15 +173,17 @@ def _replay(
 ) -> bool:
     """Send datagrams at their pace, and note the place; return whether all were sent."""
     pace = Pace(arguments.rate, arguments.speed)
-    start = JournalPlace(place.segment, place.offset) if place.segment else None
+    start = JournalPlace(place.segment, place.offset, place.began_ns) if place.segment else None
     keep_at = time.monotonic() + KEEP_SECONDS
     passed = place.rows
-    for batch, rows, _ in wanted.batches(start):
+    for batch, rows, _ in wanted.batches(start, place.last_ns):
         payload, offsets, lengths = memoryview(batch.payload), batch.offsets.tolist(), batch.length_list
         now_at = wanted.past.place
         assert now_at is not None
-        passed = passed if (now_at.segment, now_at.offset) == (place.segment, place.offset) else 0
-        place.segment, place.offset = now_at.segment, now_at.offset
+        there = (place.segment, place.offset, place.began_ns or now_at.began_ns)
+        passed = passed if there == (now_at.segment, now_at.offset, now_at.began_ns) else 0
+        place.segment, place.offset, place.began_ns = now_at.segment, now_at.offset, now_at.began_ns
+        place.last_ns = batch.received_ns
         for number, row in enumerate(rows.tolist()[passed:], passed):
             wait = pace.wait(batch.received_ns)
             if wait > 0:

@@ -150,7 +150,7 @@ def test_what_retention_takes_meanwhile_is_said(tmp_path: Path, capsys: pytest.C
     path.unlink()
     assert list(wanted.batches()) == []
     assert tell_losses(wanted)
-    assert "segments that the journal removed before they were read: 1; they are left out" in capsys.readouterr().err
+    assert "segments that were removed before they were read: 1; they are left out" in capsys.readouterr().err
 
 
 def test_a_capture_is_not_for_a_terminal(stack: Stack) -> None:

@@ -3,6 +3,7 @@ import pty
 import signal
 import socket
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from services.operator.client.journal_past import find_past
 from services.operator.commands.captures import replay
 from shared.settings.model import Settings
 from tests.services.operator.commands.captures.test_export import fill
+from tests.shared.journal.filled import batch_of, identities, write_segment
 from tests.stack import PATIENT, Stack, ask_json
 
 SETTINGS = (
@@ -125,6 +127,34 @@ def test_a_replay_goes_on_where_it_was_interrupted(stack: Stack) -> None:
         place.write_text("{}")
         code, _, said = stack.run("replay", *flags, "100000")
         assert (code, "it is no file of `fanwire replay`; remove it" in said) == (64, True)
+
+
+def test_a_replay_goes_on_after_segments_were_removed(stack: Stack) -> None:
+    """The newest were removed by hand: it sends nothing twice, says that some is missing, and its exit code is 1.
+
+    So it does where the journal has used their numbers again, and what is new is sent.
+    """
+    payloads = journaled(stack)
+    directory, place = stack.directory / "journal", stack.directory / "place"
+    with receiver() as sock:
+        to = f"127.0.0.1:{sock.getsockname()[1]}"
+        flags = ("--stream", "flows", "--to", to, "--resume", str(place), "--rate")
+        running = stack.operator("replay", *flags, "200")
+        found = [sock.recv(1 << 16) for _ in range(90)]
+        assert running.stop(signal.SIGINT) == 0
+        found += waiting(sock)
+        assert found == payloads[: len(found)]
+        (directory / "flows" / sorted((directory / "flows").iterdir())[2].name).unlink()
+        kept = place.read_bytes()
+        missing = "segments that were removed before they were read: 1; they are left out"
+        code, _, said = stack.run("replay", *flags, "100000")
+        assert (code, waiting(sock), missing in said) == (1, [], True)
+        (identity,) = identities("ingest.2", rows=[1])
+        write_segment(directory / "flows", [(identity, batch_of([("192.0.2.1", 1, b"new")], time.time_ns()))], 3)
+        bookmark = msgspec.json.decode(kept) | {"until_ns": time.time_ns()}
+        place.write_bytes(msgspec.json.encode(bookmark))
+        code, _, said = stack.run("replay", *flags, "100000")
+        assert (code, waiting(sock), missing in said) == (1, [b"new"], True)
 
 
 def test_its_place_is_kept_within_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
