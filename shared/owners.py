@@ -14,7 +14,7 @@ from typing import Final, Literal, Self
 import msgspec
 
 from shared.bus.bodies.nodes_message import Node, Nodes
-from shared.client import MAX_PLACES, Client, Resume, Source
+from shared.client import MAX_PLACES, Client, Place, Resume, Source
 from shared.settings.uplink import Uplink
 
 SILENT_SECONDS: Final = 3.0
@@ -28,6 +28,10 @@ TOGETHER_SECONDS: Final = 20.0
 """Time within which the first of nodes that start together joins."""
 BRING_SECONDS: Final = 3.0
 """Time that it may take then to bring collectors what came before."""
+VIEW_SECONDS: Final = 5.0
+"""Time for which it counts that a node has told whom it served without this one: that has joined meanwhile."""
+LEFT_SECONDS: Final = 60.0
+"""Time for which it counts where this node has left off, once others serve: it joins within it, if at all."""
 LATE_NS: Final = 10_000_000_000
 """Time by which a node may have had datagrams late, as far as it tells no place of the worker that they are of."""
 
@@ -77,13 +81,22 @@ class Owners:
         self._clock = clock
         self._heard_at = clock()
         self._told: dict[str, Node] = {}
-        """The nodes as they were before others came to serve: a live one that tells of more may have left off then."""
+        """The nodes as they were before others came to serve: a live one that tells of more may have left off then.
+
+        One that serves nobody tells of what its senders have had, and have not sent.
+        """
+        self._heard: set[str] = set()
+        """The nodes that live."""
         self.settled = True
         """False from when others come to serve until collectors are split anew."""
         self._owners: dict[tuple[str, int], str] = {}
         """By name and generation: the owner of a collector as it was known last, or LEFT_OFF; empty: nobody yet."""
         self._unserved: dict[tuple[str, int], tuple[float, float]] = {}
         """Likewise the time at which a collector was heard of that nobody served, and until when that is of account."""
+        self._left_at: dict[tuple[str, int], float] = {}
+        """Likewise the time at which this node has left off serving a collector, or others have begun to since."""
+        self._views: dict[str, tuple[float, tuple[str, ...]]] = {}
+        """By node: the nodes that served without this one, as that one told last, and the time."""
         self._resumes: dict[str, tuple[float, Resume]] = {}
         """Collectors that were taken over, until when they resume, and where."""
 
@@ -101,9 +114,13 @@ class Owners:
         """Note what the uplink tells of the nodes; return whether others serve now."""
         self._heard_at, self.majority = self._clock(), body.majority
         changed = self._serve(body.serving)
+        self._heard = {node.name for node in body.nodes if node.state == "live"}
         for node in body.nodes:
-            if node.state != "live" or (self.settled and not changed) or node.name not in self._told:
+            steady = node.state != "live" or (self.settled and not changed) or node.name not in self._told
+            if steady and _serves(node):
                 self._told[node.name] = node
+            if node.state == "live" and node.serving and self.own not in node.serving:
+                self._views[node.name] = self._heard_at, node.serving
         self.settled = self.settled and not changed
         return changed
 
@@ -148,10 +165,13 @@ class Owners:
             last = before.get((name, client.generation), self.own)
             if owners[name] != self.own:
                 self._resumes.pop(name, None)
+                if before.get((name, client.generation)) in (self.own, LEFT_OFF):
+                    self._left_at[name, client.generation] = self._clock()
             elif last != self.own:
                 self._resumes[name] = self._clock() + RESUME_SECONDS, self._take_over(client, last, source)
             nobody = LEFT_OFF if (name, client.generation) in before else ""
             self._owners[name, client.generation] = owners[name] or (last if last != self.own else nobody)
+        self._left_at = {key: at for key, at in self._left_at.items() if key in self._owners}
         self.settled = True
         own = {name: self._resumed(client) for name, client in clients.items() if owners[name] == self.own}
         return own, {name: client for name, client in clients.items() if name not in own}
@@ -175,12 +195,38 @@ class Owners:
         if key in self._unserved or not (known or others):  # as far as is known, nobody has served it since
             since_ns = now_ns - int((now - since) * 1e9)
             return Resume(since_ns, client.generation, twice_until_ns=now_ns)
-        node = self._told.get(known or owner_of(client.group or client.name, others))
-        if node is None or (places := node.places.get(source)) is None:  # it may have sent some of what is kept here
-            return Resume(max(0, now_ns - LATE_NS), twice_until_ns=now_ns)
-        wanted = tuple([place for place in places if client.wants(place.stream)][-MAX_PLACES:])
-        return Resume(max(0, node.since_ns - LATE_NS), places=wanted, twice_until_ns=node.since_ns)
+        nodes = self._predecessors(client, known, others)
+        told = [node.places[source] for node in nodes if source in node.places]
+        if len(told) < len(nodes):  # one may have sent some of what is kept here, or none: all of it is sent
+            left_lately = now < self._left_at.get(key, -inf) + LEFT_SECONDS
+            return Resume(max(0, now_ns - LATE_NS), client.generation * left_lately, twice_until_ns=now_ns)
+        wanted = tuple([place for place in _least(told) if client.wants(place.stream)][-MAX_PLACES:])
+        since_ns = max(0, min(node.since_ns for node in nodes) - LATE_NS)
+        return Resume(since_ns, places=wanted, twice_until_ns=max(node.since_ns for node in nodes))
+
+    def _predecessors(self, client: Client, known: str, others: Sequence[str]) -> list[Node]:
+        """Return the nodes that may have served a collector: the one that is `known`, and those of which others tell.
+
+        While links heal one after the other, a node does not hear each node that serves.
+        """
+        key, after = client.group or client.name, self._clock() - VIEW_SECONDS
+        views = [owner_of(key, serving) for at, serving in self._views.values() if at > after]
+        first = known or owner_of(key, others)
+        told = {name: node for name, node in self._told.items() if name == first or name in self._heard}
+        return [told.get(name, Node(name, "silent")) for name in {first, *views} - {self.own, ""}]
 
     def _resumed(self, client: Client) -> Client:
         _, resume = self._resumes.get(client.name, (0.0, client.resume))
         return client if resume is client.resume else msgspec.structs.replace(client, resume=resume)
+
+
+def _serves(node: Node) -> bool:
+    """Return whether a node has served collectors by its last beat. One of an earlier release does not tell that."""
+    return node.name in node.serving or (not node.serving and node.state in ("live", "left"))
+
+
+def _least(told: Sequence[Sequence[Place]]) -> list[Place]:
+    """Return the earliest of the places that some nodes have told, of workers of which each has had something."""
+    tables = [{(each.stream, each.worker, each.boot): each for each in places} for places in told]
+    common = [key for key in tables[0] if all(key in table for table in tables)]
+    return [min((table[key] for table in tables), key=lambda place: place.total) for key in common]

@@ -226,3 +226,67 @@ def test_a_collector_of_a_node_that_has_told_no_place_begins_with_all_that_is_ke
     resumes = [after[name].resume for name in after.keys() - own]
     assert {(resume.generation, resume.places) for resume in resumes if resume} == {(0, ())}
     assert None not in resumes
+
+
+def heard_by_a(own: NodeState, *others: Node) -> Nodes:
+    """The nodes as the uplink of `a` tells of them, which has the majority."""
+    nodes = [Node("a", own), *others]
+    return Nodes(True, nodes, Nodes(True, nodes).live)
+
+
+def node_with(name: str, total: int, *serving: str, state: NodeState = "live") -> Node:
+    """A node that has got so far, and takes these to serve."""
+    return Node(name, state, 0, 0, total, {"relay": [Place("messages", "uplink.1", 7, 0, total)]}, 0, serving)
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_collector_goes_on_where_the_node_was_that_others_know_to_have_served_it(heard: bool) -> None:
+    """Links heal one after the other: a node hears `b` alone, and `b` tells that `c` serves, too.
+
+    What `c` has served goes on at the place of `c`; while that is not known, where this node itself has left off.
+    """
+    found, clock = owners()
+    found.note(told(b="live", c="live"))
+    found.split(clients(), "relay")
+    found.note(told(False, b="silent", c="silent"))
+    found.split(clients(), "relay")
+    c = node_with("c", 700, "b", "c") if heard else node_with("c", 100, "a", "b", "c", state="silent")
+    found.note(heard_by_a("joining", node_with("b", 900, "b", "c"), c))
+    found.split(clients(), "relay")
+    clock.now += 1.0
+    for own, total in ("joining", 901), ("live", 902):
+        found.note(heard_by_a(own, node_with("b", total, "a", "b", "c"), c))  # type: ignore[arg-type]
+    after = found.split(clients(), "relay")[0]
+    assert after.keys() == {name for name in clients() if owner_of(name, "abc" if heard else "ab") == "a"}
+    for name, client in after.items():
+        resume = client.resume
+        assert resume is not None
+        if owner_of(name, "bc") == "b":
+            assert [place.total for place in resume.places] == [901]
+        elif heard:
+            assert [place.total for place in resume.places] == [700]
+        else:
+            assert (resume.generation, resume.places) == (client.generation, ())
+
+
+def test_a_collector_that_two_nodes_have_served_goes_on_where_either_was() -> None:
+    """Two nodes that did not hear each other have both served a collector, each what it got: none of it is missed."""
+    found, _ = owners()
+    b, c = node_with("b", 900, "b"), node_with("c", 700, "c")
+    found.note(heard_by_a("joining", b, c))
+    found.split(clients(), "relay")
+    found.note(heard_by_a("live", b, c))
+    resumes = [client.resume for client in found.split(clients(), "relay")[0].values()]
+    assert {(each.places[0].total, each.twice_until_ns) for each in resumes if each} == {(700, 900)}
+    assert None not in resumes
+
+
+def test_a_node_that_serves_nobody_tells_no_place() -> None:
+    """A node that holds, or joins, keeps what comes and sends none of it: who follows it goes on where it left off."""
+    found, _ = owners()
+    for b in node_with("b", 500, "a", "b"), node_with("b", 900, state="joining"), node_with("b", 950, state="silent"):
+        found.note(heard_by_a("live", b))
+        served = found.split(clients(), "relay")[0]
+    resumes = [client.resume for name, client in served.items() if owner_of(name, "ab") == "b"]
+    assert {resume.places[0].total for resume in resumes if resume} == {500}
+    assert None not in resumes

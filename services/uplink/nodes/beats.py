@@ -38,7 +38,8 @@ class Beat(msgspec.Struct, array_like=True, frozen=True):
     """A node tells that it lives: `number` grows with each beat of its start `boot`.
 
     `reached` has, for each source of copies that it sends, the place of its sender; `reports` grows with each report of
-    a sender on that. `missed` has a count for each other node: it grows while this one serves without it.
+    a sender on that. `missed` has a count for each other node: it grows while this one serves without it. Those that
+    are `serving` are the nodes among which it shares collectors out.
     """
 
     node: Site
@@ -48,6 +49,7 @@ class Beat(msgspec.Struct, array_like=True, frozen=True):
     reports: Number
     reached: dict[Source, Annotated[list[Reached], Meta(max_length=MAX_ORIGINS)]]
     missed: Annotated[dict[Site, Number], Meta(max_length=MAX_NODES)] = {}
+    serving: Annotated[tuple[Site, ...], Meta(max_length=MAX_NODES)] = ()
 
 
 _encode: Final = msgspec.msgpack.Encoder().encode

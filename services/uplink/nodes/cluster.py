@@ -206,7 +206,8 @@ class Cluster:
         """
         own, number = self.members, next(self._numbers)
         state = state or (own.state if self._missed_before is None else "joining")
-        return Beat(own.own, self._boot, number, state, self._reports, self._reached, {**self._missing})
+        missing, serving = {**self._missing}, self._serving or ()
+        return Beat(own.own, self._boot, number, state, self._reports, self._reached, missing, serving)
 
     def nodes(self, state: NodeState, pending: Mapping[str, int]) -> Nodes:
         """Return what the services here are told, this node first, in a state; `pending`: messages to come, by node."""
@@ -240,7 +241,7 @@ class Cluster:
         places = {source: list(self._places(reached))[:MAX_NODE_PLACES] for source, reached in beat.reached.items()}
         further_ns = 0 if state == "left" else TOLD_NS
         until_ns, missed = self._heard_ns[name] + further_ns, self._missed[name]
-        return Node(name, state, int(since * 1000), pending, until_ns, places, missed)
+        return Node(name, state, int(since * 1000), pending, until_ns, places, missed, beat.serving)
 
     def _places(self, reached: list[Reached]) -> Iterator[Place]:
         """Yield where another node's sender is in what the workers of this bus have published."""

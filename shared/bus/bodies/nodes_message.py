@@ -13,6 +13,7 @@ MAX_NODES: Final = 64
 MAX_NODE_PLACES: Final = 1024
 """Workers of a node, each at each stream, whose place is told."""
 NodeName = Annotated[str, Meta(min_length=1, max_length=32)]
+Serving = Annotated[tuple[NodeName, ...], Meta(max_length=MAX_NODES)]
 NodeState = Literal["joining", "live", "left", "silent"]
 """A node that is joining still gets what came before; one that has left ended in order; a silent one is not heard."""
 
@@ -22,7 +23,8 @@ class Node(msgspec.Struct, array_like=True, frozen=True):
 
     Of its datagrams `pending` messages are still to come here. Its `places` are those of its senders, by source,
     in what the workers of this bus have published. At `since_ns`, in ns since 1970, it has got no further for certain.
-    `missed` grows whenever it tells that it has served without the node of this host.
+    `missed` grows whenever it tells that it has served without the node of this host. Those that are `serving` are the
+    ones among which it shares collectors out.
     """
 
     name: NodeName
@@ -32,6 +34,7 @@ class Node(msgspec.Struct, array_like=True, frozen=True):
     since_ns: Number = 0
     places: dict[Source, Annotated[list[Place], Meta(max_length=MAX_NODE_PLACES)]] = {}
     missed: Number = 0
+    serving: Serving = ()
 
 
 class Nodes(msgspec.Struct, array_like=True, frozen=True):
@@ -42,7 +45,7 @@ class Nodes(msgspec.Struct, array_like=True, frozen=True):
 
     majority: bool
     nodes: Annotated[list[Node], Meta(min_length=1, max_length=MAX_NODES)]
-    serving: Annotated[tuple[NodeName, ...], Meta(max_length=MAX_NODES)] = ()
+    serving: Serving = ()
 
     @property
     def live(self) -> tuple[str, ...]:

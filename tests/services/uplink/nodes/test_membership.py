@@ -133,12 +133,13 @@ def test_the_largest_beat_is_taken() -> None:
 
 def test_a_beat_comes_as_it_was_sent() -> None:
     """A beat is read as it was."""
-    sent = msgspec.structs.replace(beat("b", 7, "joining"), missed={"a": 3})
+    sent = msgspec.structs.replace(beat("b", 7, "joining"), missed={"a": 3}, serving=("b", "c"))
     assert parse_beat(beat_subject("b"), unparse_beat(sent)) == sent
 
 
 def test_a_beat_of_an_earlier_release_is_taken() -> None:
-    """Nodes are upgraded one by one: a beat that tells of no missed nodes is read."""
+    """Nodes are upgraded one by one: a beat that tells of no missed nodes, or not which serve, is read."""
     sent = beat("b", 7)
-    before = msgspec.msgpack.encode(msgspec.msgpack.decode(unparse_beat(sent))[:-1])
-    assert parse_beat(beat_subject("b"), before) == sent
+    for lacking in 1, 2:
+        before = msgspec.msgpack.encode(msgspec.msgpack.decode(unparse_beat(sent))[:-lacking])
+        assert parse_beat(beat_subject("b"), before) == sent
