@@ -8,6 +8,7 @@ import asyncio
 import errno
 import math
 import random
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, Final, TypeVar
 
 from services.gateway.admission.peer import Peer
 from services.gateway.cluster.log import LARGEST_BATCH, BucketLog, LogError, OvertakenError, Write
-from services.gateway.cluster.records import Gone, Left, Ordered, Record, encode, key_of
+from services.gateway.cluster.records import Record, encode, key_of, seconds_of
 from services.gateway.cluster.replica import Replica
 from services.gateway.protocol.requests import ErrorWord, RequestError
 from services.gateway.registry.changes import FAULT, Change, ignore
@@ -31,9 +32,6 @@ AGAIN_SECONDS: Final = 1.0
 MOST_FAILURES: Final = 5
 TOGETHER: Final = 64
 """Changes that are written together."""
-GONE_SECONDS: Final = 86_400
-"""Time for which the bucket keeps that an entry has gone: a node that was away for longer reads the whole log."""
-PAST_SECONDS: Final = 604_800
 DOUBTED: Final[frozenset[ErrorWord]] = frozenset({
     "name_taken", "stale_generation", "address_taken", "registry_full", "bad_name", "not_permitted",
 })  # fmt: skip
@@ -86,6 +84,8 @@ class ClusterChanges:
         """Says whether a peer's connection is still open."""
         self.refused = 0
         """Requests that found no quorum, or no answer in time."""
+        self.shrunk = False
+        """True if the server has dropped records of the list before their time."""
         self.overtaken = 0
         """Batches decided anew, because another node was first."""
         self._queue: deque[_Asked] = deque()
@@ -219,6 +219,7 @@ class ClusterChanges:
             self._queue.extendleft(asked for asked in reversed(whole) if not asked.finished)
             if 0 <= error.position < expected and self._replica.list_position == expected:
                 self._replica.list_position = error.position  # the server has dropped what was the last one
+                self.shrunk |= time.time() < self._replica.list_ends_at
             else:
                 await self.reach(error.position, 1.0)
             await asyncio.sleep(random.uniform(0, 0.005))
@@ -386,13 +387,4 @@ def _shortened(changes: list[Change]) -> list[Change]:
 
 
 def _write_of(record: Record) -> Write:
-    match record:
-        case Gone():
-            ttl = GONE_SECONDS
-        case Left():
-            ttl = PAST_SECONDS
-        case Ordered():
-            ttl = GONE_SECONDS if record.order is None else 0
-        case _:
-            ttl = 0
-    return Write(key_of(record), encode(record), ttl)
+    return Write(key_of(record), encode(record), seconds_of(record))

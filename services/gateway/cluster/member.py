@@ -9,10 +9,10 @@ from typing import Final
 
 from nats.aio.client import Client
 
-from services.gateway.cluster.changes import PAST_SECONDS, ClusterChanges
+from services.gateway.cluster.changes import ClusterChanges
 from services.gateway.cluster.keys import META, SESSION
 from services.gateway.cluster.log import BucketLog, LogError, OvertakenError, Write
-from services.gateway.cluster.records import Left, ListIdentity, Session, encode, key_of
+from services.gateway.cluster.records import PAST_SECONDS, Left, ListIdentity, Session, encode, key_of
 from services.gateway.cluster.replica import Replica
 from services.gateway.cluster.sessions import SESSION_SECONDS, Sessions
 from services.gateway.counters import (
@@ -46,6 +46,7 @@ PING_SECONDS: Final = 2
 RECONNECT_SECONDS: Final = (0.1, 2.0)
 FAILURES: Final = 3
 """Failures to write the session, after which another server is tried."""
+LOST: Final = "the registry of the cluster has lost what it had"
 ANEW_SECONDS: Final = 43_200.0
 """Time away after which the whole log is read: marks of what has gone may have gone too."""
 
@@ -219,6 +220,9 @@ class Member:
         failures = 0
         while not self._ending:
             began = time.monotonic()
+            if self.changes.shrunk:
+                self.changes.shrunk, self._older = False, True
+                raise LogError(LOST)
             if self._count and (usurper := self.sessions.usurper) and began < usurper.heard_at + SESSION_SECONDS:
                 self.changes.lose()
                 self._troubles.say("node", f"another gateway is node {self.sessions.own}: set another [uplink] site")
@@ -272,7 +276,7 @@ class Member:
             own, ends_at = record.boot == self.sessions.boot, self._wrote_at + SESSION_TTL_SECONDS / 2
             if own and 0 <= error.position < expected and time.monotonic() < ends_at:  # it can't have ended by itself
                 self._older = True
-                raise LogError("the registry of the cluster has lost what it had") from None
+                raise LogError(LOST) from None
             if error.position == 0:
                 self.sessions.forget(record.node)
             else:

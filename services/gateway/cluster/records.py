@@ -19,6 +19,9 @@ from shared.net.addresses import pack_address
 VERSION: Final = 1
 LARGEST: Final = 65_536
 """Bytes of a record: the largest entry has under 18 KB."""
+GONE_SECONDS: Final = 86_400
+"""Time for which the bucket keeps that an entry has gone: a node that was away for longer reads the whole log."""
+PAST_SECONDS: Final = 604_800
 AWAY: Final = -1
 """The number of a peer whose connection is at another node."""
 Text = Annotated[str, Meta(max_length=255)]
@@ -129,6 +132,17 @@ def key_of(record: Record) -> str:
             return keys.SESSION + record.node
         case ListIdentity():
             return keys.META
+
+
+def seconds_of(record: Record) -> int:
+    """Return the time for which the bucket is to keep a record that is not a session's; 0: for ever."""
+    match record:
+        case Left():
+            return PAST_SECONDS
+        case Gone() | Ordered(order=None):
+            return GONE_SECONDS
+        case _:
+            return 0
 
 
 def decode(key: str, data: bytes, stored_at: float) -> Record:

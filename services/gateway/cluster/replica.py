@@ -6,6 +6,7 @@ A change that is proposed keeps its own entry, which knows the client's connecti
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Final, Protocol
 
 import msgspec
@@ -25,6 +26,7 @@ from services.gateway.cluster.records import (
     decode,
     entry_of,
     record_of,
+    seconds_of,
 )
 from services.gateway.cluster.sessions import Sessions
 from services.gateway.registry.changes import Change
@@ -87,6 +89,8 @@ class Replica:
         self.position = 0
         self.list_position = 0
         """The position of the last record of the list."""
+        self.list_ends_at = inf
+        """The Unix time from which on the server may have dropped that record, as it is the mark of an end."""
         self.damaged = 0
         self.epoch = ""
         self.identity_due: int | None = None
@@ -152,7 +156,7 @@ class Replica:
         """Apply the record at a position; one that can't be read is counted, and what was there is written again."""
         self.position = position
         if key.startswith(keys.LISTED.removesuffix(">")):
-            self.list_position = position
+            self.list_position, self.list_ends_at = position, inf
         try:
             record = decode(key, data, stored_at)
         except ValueError as error:
@@ -161,6 +165,8 @@ class Replica:
             self._set_aside(key, position)
             log.warning("a record of the cluster's registry can't be read: it is set aside", key=key, reason=str(error))
         else:
+            if self.list_position == position and (seconds := seconds_of(record)):
+                self.list_ends_at = stored_at + seconds / 2
             applied = False  # a fault of ours costs this record alone, or it would end each gateway at each start
             with surviving("error while a record of the cluster's registry was applied", key=key):
                 self._apply(record, position)

@@ -1,6 +1,7 @@
 """A member of the cluster, on a log in memory: what waits for its session's next record, and leases meanwhile."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from structlog.testing import capture_logs
 from services.gateway.admission.peer import Peer
 from services.gateway.cluster import changes as module
 from services.gateway.cluster import member as member_module
-from services.gateway.cluster.keys import SESSION
+from services.gateway.cluster.keys import LISTED, SESSION
 from services.gateway.cluster.log import LogError, OvertakenError, Write
 from services.gateway.cluster.member import SESSION_TTL_SECONDS, Member
+from services.gateway.cluster.records import GONE_SECONDS, Gone, Identity, encode, key_of
 from services.gateway.registry.changes import ignore, never_keep
 from services.gateway.registry.entry import Entry, Origin
 from services.gateway.registry.registry import Registry
@@ -221,6 +223,38 @@ def test_a_session_that_is_gone_too_soon_tells_of_an_older_bucket(away: float, m
         if session.done():
             with pytest.raises(LogError, match="the registry of the cluster has lost what it had"):
                 await session
+        await end(session)
+
+    run(work)
+
+
+@pytest.mark.parametrize("days", [None, 0, 1])
+def test_a_list_that_is_gone_too_soon_is_written_anew(days: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of the list that are not there any more were purged, unless the last one was the mark of an old end."""
+
+    async def work(node: Node) -> None:
+        session = await node.enter()
+        if days is not None:
+            at = time.time() - days * GONE_SECONDS
+            gone = Gone(by=Identity("b", 2, 1), revision=0, name="other", generation=0)
+            node.member.replica.receive(node.log.last + 1, key_of(gone), encode(gone), at)
+        write, missing = node.write, [OvertakenError(0)]
+
+        async def purge(writes: Sequence[Write], expected: int, keys: str = LISTED) -> int:
+            if missing and keys == LISTED:
+                raise missing.pop()
+            return await write(writes, expected, keys)
+
+        monkeypatch.setattr(node, "write", purge)
+        answers: list[object] = []
+        client, peer = Client("second", 0, "192.0.2.1", 8), Peer(5, "192.0.2.1", 9)
+        node.member.changes.make(lambda: node.registry.grant(client, peer, Origin.JSON), answers.append, answers.append)
+        await until(lambda: answers or session.done())
+        await until(lambda: session.done() or days == 1)
+        if days != 1:
+            with pytest.raises(LogError, match="the registry of the cluster has lost what it had"):
+                await session
+        assert node.member._older == (days != 1)
         await end(session)
 
     run(work)
