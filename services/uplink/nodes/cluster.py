@@ -4,6 +4,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from math import inf
 from typing import Final
 
 import msgspec
@@ -76,6 +77,8 @@ class Cluster:
         """By node: its start, and the same count of this node, as it told last."""
         self._missed: Counter[str] = Counter()
         """By node: grows whenever it tells of a larger one."""
+        self._namesake_at = -inf
+        """The last time at which another uplink was heard under this node's name."""
 
     def note_published(self, origin: Key, there: range, here: range) -> None:
         """Note a batch of another site that was published here, see `Crossings.note`."""
@@ -132,6 +135,11 @@ class Cluster:
         return any(began < self._began_ns - ALONE_NS for began in self._senders_began_ns.values())
 
     @property
+    def has_namesake(self) -> bool:
+        """True if another uplink has this node's name. The one before this one may be heard for a moment."""
+        return self._namesake_at > max(self._clock(), self._began + 2 * SILENT_SECONDS) - SILENT_SECONDS
+
+    @property
     def holds(self) -> bool:
         """True if this node may serve none, as it is not in the majority."""
         return self._minority == "hold" and not self.members.majority
@@ -183,6 +191,8 @@ class Cluster:
         """Note a beat that has come; return whether the nodes have changed by it. ValueError when it is none."""
         beat = parse_beat(subject, payload)
         live, before = self.members.live, self.members.beat(beat.node)
+        if beat.node == self.members.own and beat.boot != self._boot:
+            self._namesake_at = self._clock()
         if not self.members.note(beat):
             return False
         if before and before.boot == beat.boot:

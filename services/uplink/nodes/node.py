@@ -23,6 +23,7 @@ from shared.bus.zmq_sockets import Publisher, Subscriber
 from shared.ledger.counters import MESSAGES_UNREADABLE, NOT_AWAITED
 from shared.log import get_logger
 from shared.nats.connection import reason
+from shared.nats.troubles import Troubles
 from shared.settings.uplink import Uplink
 
 LOOK_SECONDS: Final = 0.25
@@ -166,9 +167,19 @@ class Node:
                     await self.beat(session)
                 if self._cluster.members.in_doubt:
                     await self._vote(session)
+                self._tell_of_namesake(session.troubles)
                 await session.wait(self._beat_due, BEAT_SECONDS)
         finally:
             self._connected_at = float("inf")
+
+    def _tell_of_namesake(self, troubles: Troubles) -> None:
+        if self._cluster.has_namesake:
+            told = "collectors get each copy twice, and each of the two lacks what the other one receives"
+            troubles.say(
+                "node", f"another uplink is node {self._own}: {told}; set another [uplink] site on one of them"
+            )
+        else:
+            troubles.end("node", "no other uplink has the name of this node any more")
 
     async def beat(self, session: Session, state: State | None = None) -> None:
         """Send a beat now, and return once it has left. It may not have arrived: nats-py writes its PING before it."""

@@ -16,6 +16,7 @@ from services.uplink.nodes.node import HEAR_SECONDS, LOOK_SECONDS, MOST_PENDING,
 from shared.bus.messages import Envelope, Status
 from shared.client import Source
 from shared.ledger.counters import NOT_AWAITED
+from shared.nats.troubles import Troubles
 from shared.owners import Minority
 from shared.settings.uplink import Uplink
 
@@ -177,3 +178,30 @@ def test_a_node_waits_for_messages_of_others_as_long_as_they_come(parted: World)
     told = [(each["event"], each["messages"]) for each in logs if each["log_level"] == "warning"]
     assert told == [("no more comes of what other nodes have sent: this node serves without it", {"b": 900})]
     assert parted.account[NOT_AWAITED] == 900
+
+
+def test_two_nodes_of_one_name_are_told_of(parted: World) -> None:
+    """Settings that were copied to another host make a second node of the name: both serve, and say so.
+
+    The last beats of the uplink before this one are none of another one.
+    """
+    troubles, parted.cluster._began = Troubles(), parted.now
+
+    def hear_namesake() -> None:
+        beat = Beat("a", 99, 1, "live", 1, {})
+        parted.cluster.take(beat_subject("a"), unparse_beat(beat))
+        parted.node._tell_of_namesake(troubles)
+
+    with capture_logs() as logs:
+        hear_namesake()
+        parted.pass_time(2 * SILENT_SECONDS, "b", "c")
+        assert not troubles.now
+        hear_namesake()
+        assert [*troubles.now] == ["node"]
+        parted.pass_time(SILENT_SECONDS, "b", "c")
+        parted.node._tell_of_namesake(troubles)
+    told = [each["event"] for each in logs if each.get("uplink") == "node"]
+    assert [each.partition(":")[0] for each in told] == [
+        "another uplink is node a",
+        "no other uplink has the name of this node any more",
+    ]
