@@ -31,6 +31,8 @@ SETTLE_SECONDS: Final = 1.5
 """Time for the others to tell whether they are in the majority too, once this node is again: a beat or two of each."""
 ALONE_NS: Final = 5_000_000_000
 """A sender that was started this long before the uplink was not started with it."""
+ALONE_REPORTS: Final = 5
+"""Reports that it has sent by then: the clock alone may have been set between the two starts."""
 
 
 class Cluster:
@@ -67,6 +69,8 @@ class Cluster:
         self._reported_at: dict[Source, float] = {}
         self._ended: set[Source] = set()
         self._senders_began_ns: dict[Source, int] = {}
+        self._first_reports: dict[Source, tuple[int, int]] = {}
+        """By source: the boot of its sender, and the number of the first report that was heard of that."""
         self._heard_ns: dict[str, int] = {}
         self._awaited: set[Key] = set()
         """Origins of which senders elsewhere have had more since their last report, and nothing has come here."""
@@ -92,6 +96,8 @@ class Cluster:
         """Note how far a sender of copies with a registry has got; return whether that is complete now."""
         service = envelope.sender.partition(".")[0]
         source = SENDERS[service]
+        if self._first_reports.get(source, (None, 0))[0] != envelope.boot:
+            self._first_reports[source] = envelope.boot, status.report
         pieces = self._statuses[source].add((envelope.boot, status.report), status)
         if pieces is None or not any(REVISION in piece.accounts.get(service, {}) for piece in pieces):
             return False
@@ -132,7 +138,10 @@ class Cluster:
     @property
     def serves_already(self) -> bool:
         """True if the uplink alone was restarted: the senders run, and serve collectors still."""
-        return any(began < self._began_ns - ALONE_NS for began in self._senders_began_ns.values())
+        return any(
+            began < self._began_ns - ALONE_NS and self._first_reports[source][1] > ALONE_REPORTS
+            for source, began in self._senders_began_ns.items()
+        )
 
     @property
     def has_namesake(self) -> bool:

@@ -100,3 +100,16 @@ def test_a_node_may_have_got_further_until_a_while_after_its_last_beat() -> None
     nodes.now_ns = 3 * 10**9
     nodes.beat(20)
     assert nodes.cluster.nodes("live", {}).nodes[1].since_ns == nodes.now_ns + TOLD_NS
+
+
+@pytest.mark.parametrize("first", [1, 60])
+def test_a_clock_that_was_set_between_two_starts_makes_no_sender_older(first: int) -> None:
+    """A host sets its clock ahead while it starts: its senders have begun just now, and have kept nothing yet.
+
+    Those that have reported for a while before the uplink began do serve already.
+    """
+    cluster = Cluster("a", ("a", "b"), "serve", "uplink.1", BOOT, lambda: 0.0, lambda: 3600 * 10**9)
+    for number in first, 60:
+        status = Status("forwarder.1", 1, 0, number, 0, 1, {"forwarder": {"revision": 0}})
+        assert cluster.note_status(make_envelope(sender="forwarder.1"), status)
+    assert cluster.serves_already == (first == 60)
