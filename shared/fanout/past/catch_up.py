@@ -7,6 +7,7 @@ keeps where each has got to, by the reports of this module, and tells it back wi
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cache
 from math import inf
 from typing import Final, Generic
 
@@ -144,7 +145,8 @@ class CatchUp(Generic[D]):
             living = self._streams.workers
             places.sort(key=lambda place: (place.worker, place.boot) in living)  # of too many the last are kept
             self._progress.note_left(client, since_ns - STRAY_NS, places)
-        self._left_off.note(client, self._unjournaled_places(client))
+        left = [place for each in self._unjournaled(client) for place in self._places(client.name, each, 0)]
+        self._left_off.note(client, left)
         for stream in self._streams_of(client):
             if (client.name, stream) in self._pursued:
                 if client.name in self._collectors:
@@ -153,10 +155,9 @@ class CatchUp(Generic[D]):
                 self._end(client.name, stream)
         self._progress.forget_level(client.name)
 
-    def _unjournaled_places(self, client: Client) -> Iterator[Place]:
-        """Yield likewise those in streams without a journal."""
-        for stream in self._streams_of(client) - self._journaled:
-            yield from self._places(client.name, stream, 0)
+    def _unjournaled(self, client: Client) -> frozenset[str]:
+        """Return the streams that a collector wants of which there is a ring alone."""
+        return frozenset(self._streams_of(client) - self._journaled)
 
     def _places(self, name: str, stream: str, now_ns: int) -> Iterator[Place]:
         """Yield the places that a collector has reached in a stream: behind live copies, unless it catches up."""
@@ -181,7 +182,8 @@ class CatchUp(Generic[D]):
                 if (client.name, stream) not in self._pursued and self._begins(client, returning):
                     self._pursue(client, stream, returning=returning)
         self._begun = {client.name: client.generation for client in clients.values()}
-        self._left_off.follow(self._collectors.elsewhere, self._unjournaled_places)
+        here = cache(lambda streams: [place for stream in streams for place in self._places("", stream, 0)])
+        self._left_off.follow(self._collectors.elsewhere, lambda client: here(self._unjournaled(client)))
         self._watch()
 
     def _watch(self) -> None:

@@ -129,13 +129,13 @@ class LeftOff:
     """
 
     def __init__(self) -> None:
-        self._places: dict[str, tuple[int, list[Place]]] = {}
+        self._places: dict[str, tuple[int, Sequence[Place]]] = {}
 
-    def note(self, client: Client, places: Iterable[Place]) -> None:
+    def note(self, client: Client, places: Sequence[Place]) -> None:
         """Note where a collector is left off."""
-        self._places[client.name] = client.generation, list(places)
+        self._places[client.name] = client.generation, places
 
-    def follow(self, clients: Iterable[Client], places: Callable[[Client], Iterable[Place]]) -> None:
+    def follow(self, clients: Iterable[Client], places: Callable[[Client], Sequence[Place]]) -> None:
         """Keep what is noted of these collectors alone, and note the `places` of those that are new."""
         before, self._places = self._places, {}
         for client in clients:
@@ -145,7 +145,7 @@ class LeftOff:
             else:
                 self.note(client, places(client))
 
-    def places(self, name: str, generation: int) -> list[Place] | None:
+    def places(self, name: str, generation: int) -> Sequence[Place] | None:
         """Return those of a collector under a generation; None: there are none."""
         known = self._places.get(name)
         return known[1] if known and known[0] == generation else None
