@@ -17,8 +17,13 @@ from tests.stack import Running, Stack
 HEADER, TYPE_A, TYPE_AAAA, NAME_ERROR = 12, 1, 28, 3
 IN_FILES_OF_OURS = (
     "mount --bind {at}/resolv.conf /etc/resolv.conf && mount --bind {at}/hosts /etc/hosts && "
-    "mount --bind {at}/nsswitch.conf /etc/nsswitch.conf && exec {python} -m services.{name}"
+    "mount --bind {at}/nsswitch.conf /etc/nsswitch.conf && exec {python} {program}"
 )
+BOUNDED = (
+    "-c 'import sys; from importlib import import_module; from shared.net.addresses import resolve; "
+    'resolve.__defaults__ = ({bound},); sys.exit(import_module("services.{name}.__main__").main())\''
+)
+"""A service that waits less long for the resolver."""
 
 
 class NameServer(threading.Thread):
@@ -79,10 +84,12 @@ class NameServer(threading.Thread):
         self.socket.close()
 
 
-def start_asking(stack: Stack, name: str, patience_seconds: int = 1, *, ready: bool = True) -> Running:
+def start_asking(
+    stack: Stack, name: str, patience_seconds: int = 1, *, ready: bool = True, bound: float | None = None
+) -> Running:
     """Start a service that asks the server above, in a mount namespace of its own, and waits for so long.
 
-    `name` may have arguments behind it.
+    `name` may have arguments behind it; with `bound` it has none, and waits only so long for the resolver.
     """
     apart = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
     if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
@@ -94,7 +101,8 @@ def start_asking(stack: Stack, name: str, patience_seconds: int = 1, *, ready: b
     missing = [path for path in ("/etc/nsswitch.conf", "/etc/resolv.conf", "/etc/hosts") if not Path(path).exists()]
     if missing:
         pytest.skip(f"{missing[0]}: nothing to mount over")
-    command = IN_FILES_OF_OURS.format(at=at, python=sys.executable, name=name)
+    program = f"-m services.{name}" if bound is None else BOUNDED.format(name=name, bound=bound)
+    command = IN_FILES_OF_OURS.format(at=at, python=sys.executable, program=program)
     running = stack.spawn(name, [*apart, "sh", "-c", command], HONCHO_PROCESS_NAME=f"{name}.1")
     if ready:
         running.wait_for('"event": "ready"')

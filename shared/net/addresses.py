@@ -4,12 +4,12 @@ import contextlib
 import ipaddress
 import re
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from queue import Empty, SimpleQueue
-from threading import Thread
-from typing import Any, Final, cast
+from typing import Final, cast
+
+from shared.net.running_lookups import begin_lookup, wait_for_lookup
 
 V4_MAPPED: Final = bytes(10) + b"\xff\xff"
 """The first 12 bytes of an IPv4 address mapped into IPv6 (RFC 4291, 2.5.5.2)."""
@@ -200,7 +200,6 @@ def _has_link_scope(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> b
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
 """An address for bind(2) of an IP socket: host and port, for IPv6 with flow label and scope."""
-_Found = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]
 
 
 def resolve(
@@ -215,35 +214,26 @@ def resolve(
     try:
         if percent and not _has_link_scope(ipaddress.ip_address(address)):
             host = address
-        waits = patience_seconds is not None and is_name(host) and host != "localhost"
-        found = _ask_for(patience_seconds, host, port, kind) if waits else _ask(host, port, kind)
+        if patience_seconds is not None and _is_waited_for(host):
+            found = wait_for_lookup(host, patience_seconds)
+        else:
+            found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
     except (UnicodeError, ValueError):  # an empty label, or one too long to look up
         raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
-    return list(dict.fromkeys((family, cast(SocketAddress, at)) for family, _, _, _, at in found))
+    places = ((family, (at[0], port, *at[2:])) for family, _, _, _, at in found)
+    return list(dict.fromkeys((family, cast(SocketAddress, at)) for family, at in places))
 
 
-def _ask(host: str, port: int, kind: socket.SocketKind) -> _Found:
-    return socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
+def begin_lookups(hosts: Iterable[str]) -> None:
+    """Let names among these hosts be looked up side by side: those that `resolve` soon after have one bound."""
+    for host in hosts:
+        if _is_waited_for(host):
+            with contextlib.suppress(OSError):
+                begin_lookup(host)
 
 
-def _ask_for(seconds: float | None, host: str, port: int, kind: socket.SocketKind) -> _Found:
-    """Ask in a thread, as getaddrinfo(3) can't be told how long to wait."""
-    answer: SimpleQueue[_Found | Exception] = SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answer.put(_ask(host, port, kind))
-        except (OSError, ValueError) as error:
-            answer.put(error)
-
-    Thread(target=ask, name="host lookup", daemon=True).start()  # not waited for at the end
-    try:
-        found = answer.get(timeout=seconds)
-    except Empty:
-        raise socket.gaierror(socket.EAI_AGAIN, f"no answer within {seconds:g} s") from None
-    if isinstance(found, Exception):
-        raise found
-    return found
+def _is_waited_for(host: str) -> bool:
+    return is_name(host) and host not in ("", "localhost")
 
 
 def are_apart(some: Iterable[str], others: Iterable[str]) -> bool:

@@ -28,7 +28,10 @@ class _Loop(asyncio.SelectorEventLoop):
             with suppress(RuntimeError):  # the loop is closed
                 self.call_soon_threadsafe(set_unless_given_up, *told)
 
-        Thread(target=look_up, name="host lookup", daemon=True).start()
+        try:
+            Thread(target=look_up, name="host lookup", daemon=True).start()
+        except RuntimeError as error:  # as many threads as this process may have
+            raise socket.gaierror(socket.EAI_AGAIN, str(error)) from None
         return await answer
 
 

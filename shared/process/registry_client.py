@@ -10,7 +10,7 @@ from typing import Any, Final, Self, TypeVar
 import msgspec
 
 from shared.client import ListedClient, Withheld
-from shared.net.addresses import Endpoint, SocketAddress, pack_address
+from shared.net.addresses import Endpoint, SocketAddress, pack_address, resolve
 from shared.process.lifecycle import FAILED, NOT_PERMITTED, UNAVAILABLE, USAGE, OperatorError
 
 T = TypeVar("T")
@@ -198,7 +198,7 @@ class RegistryClient:
 def _connect(access: Access) -> socket.socket:
     endpoint = access.endpoint
     if not endpoint.path:
-        connection = socket.create_connection((endpoint.host, endpoint.port), timeout=CONNECT_SECONDS)
+        connection = _connect_by_tcp(endpoint)
         # TLS ends its handshake with a message that is not answered: the next request would wait for the delayed ACK.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     else:
@@ -217,6 +217,17 @@ def _connect(access: Access) -> socket.socket:
     except OSError:
         connection.close()
         raise
+
+
+def _connect_by_tcp(endpoint: Endpoint) -> socket.socket:
+    """Connect to the first of the host's addresses that takes it; a resolver is waited for no longer than they are."""
+    failed = OSError()
+    for _, at in resolve(endpoint.host, endpoint.port, socket.SOCK_STREAM, CONNECT_SECONDS):
+        try:
+            return socket.create_connection(at[:2], CONNECT_SECONDS)
+        except OSError as error:
+            failed = error
+    raise failed
 
 
 def _decode(line: bytes | msgspec.Raw, kind: type[T]) -> T:

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Self
 
-from shared.net.addresses import Endpoint, is_name, resolve
+from shared.net.addresses import Endpoint, begin_lookups, is_name, resolve
 from shared.net.host_lookups import HostLookups
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
@@ -23,7 +23,9 @@ def udp_listeners(settings: Settings) -> list[tuple[str, int]]:
 
 def listening_addresses(streams: Iterable[Stream]) -> list[tuple[str, int]]:
     """Return address and port of every UDP listener of these streams; an unknown host name has none."""
-    return [(address, endpoint.port) for endpoint in _udp(streams) for address in _addresses_of(endpoint.host)]
+    endpoints = [*_udp(streams)]
+    begin_lookups(endpoint.host for endpoint in endpoints)
+    return [(address, endpoint.port) for endpoint in endpoints for address in _addresses_of(endpoint.host)]
 
 
 def _udp(streams: Iterable[Stream]) -> Iterator[Endpoint]:

@@ -30,6 +30,7 @@ from shared.client import ALL_STREAMS
 from shared.ledger.accounts import Accounts
 from shared.monitoring.finding import Finding, error, ok, unseen, warning
 from shared.monitoring.probe import Ledger, probe
+from shared.net.addresses import begin_lookups
 from shared.net.host_lookups import Host
 from shared.net.netlink import RTN_BROADCAST, RTN_LOCAL, Netlink
 from shared.process.lifecycle import FAILED, OK, OperatorError
@@ -87,6 +88,7 @@ def _examine(settings: Settings, gateway: Access, probed: Stream | None, config:
     def read_ledger() -> Ledger:
         return by_service(listen(settings))
 
+    begin_lookups(endpoint.host for stream in settings.streams for endpoint in stream.endpoints)
     hosts = look_up(settings)
     collectors, silent = _collectors(settings, open_registry, hosts)
     facts = service_facts(settings, listen(settings), silent, config)

@@ -1,5 +1,8 @@
 import socket
+from contextlib import closing
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 
@@ -21,3 +24,33 @@ def test_gateway_that_accepts_nobody_is_not_waited_for(tmp_path: Path, monkeypat
         assert clients
         for client in clients:
             client.close()
+
+
+def test_a_resolver_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway's name without an answer is as a gateway without an answer: the message says so."""
+    let_go = Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: let_go.wait() and [])
+    monkeypatch.setattr(registry_client, "CONNECT_SECONDS", 0.02)
+    endpoint = parse_endpoint("tcp://slow.example:7600", ("tcp",))
+    for _ in range(2):
+        with pytest.raises(
+            UnreachableError, match=r"no gateway at tcp://slow.example:7600 \(no answer within 0.02 s\)"
+        ):
+            RegistryClient(Access(endpoint), 1)
+    let_go.set()
+
+
+def test_each_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first address takes no connection, the second one does; where none does the message says why."""
+    asks = socket.getaddrinfo
+
+    def getaddrinfo(host: str, port: int, *arguments: Any, **options: Any) -> list[Any]:
+        names = ("127.0.0.2", "127.0.0.1") if host == "both.example" else (host,)
+        return [each for name in names for each in asks(name, port, *arguments, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        endpoint = parse_endpoint(f"tcp://both.example:{listener.getsockname()[1]}", ("tcp",))
+        RegistryClient(Access(endpoint), 1).close()
+    with pytest.raises(UnreachableError, match="Connection refused"):
+        RegistryClient(Access(endpoint), 1)
