@@ -208,7 +208,7 @@ class Cluster:
             grown = {
                 each for source, some in beat.reached.items() for each in {*some} - {*before.reached.get(source, ())}
             }
-            self._awaited |= {each.key for each in grown if not self._has_any(each)}
+            self._awaited |= {each.key for each in grown if each.total and not self._has_any(each)}
             if len(self._awaited) > MAX_ORIGINS:
                 self._awaited.clear()
         self._heard_ns[beat.node] = self._time_ns()

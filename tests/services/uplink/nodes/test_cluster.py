@@ -64,6 +64,16 @@ def test_a_node_does_not_follow_while_it_has_nothing_of_what_others_go_on_to_sen
     assert nodes.cluster.follows
 
 
+def test_a_node_does_not_wait_for_an_exporter_that_has_sent_nothing() -> None:
+    """A sender elsewhere follows a worker since its last report, and there is nothing of it: nothing will come here."""
+    nodes = Nodes()
+    nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 1, 0, "live", 1, {"relay": []})))
+    nodes.beat(0, reports=2)
+    assert nodes.cluster.follows
+    nodes.beat(1, reports=3)
+    assert not nodes.cluster.follows
+
+
 def test_a_node_follows_where_no_other_one_serves() -> None:
     """Datagrams that are still to come are sent from here alone: there is nobody to get level with."""
     nodes = Nodes()
