@@ -79,9 +79,16 @@ def receive(sock: socket.socket, count: int) -> list[bytes]:
     return [sock.recv(65_536) for _ in range(count)]
 
 
+def assert_balanced(*sites: Site) -> None:
+    """Let the ledgers of these sites listen, for two seconds, at the same time; each adds up."""
+    for ledger in [site.operator("ledger") for site in sites]:
+        assert ledger.process.wait(60) == 0, ledger.text
+        assert ledger.text.splitlines()[-1] == "balanced", ledger.text
+
+
 def flows(site: Site) -> None:
     """Wait until the site receives from elsewhere."""
     wait_until(lambda: "made the consumer" in site.uplink.text, lambda: site.uplink.text)
 
 
-__all__ = ["Site", "away", "closing", "exporter", "flows", "home", "receive"]
+__all__ = ["Site", "assert_balanced", "away", "closing", "exporter", "flows", "home", "receive"]

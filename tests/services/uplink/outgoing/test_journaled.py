@@ -8,7 +8,7 @@ import pytest
 
 from tests.builders import BusEnds, accounts_when
 from tests.services.uplink.nats import NatsServer, free_port
-from tests.services.uplink.sites import Site, away, exporter, flows
+from tests.services.uplink.sites import Site, assert_balanced, away, exporter, flows
 from tests.stack import ask_json, wait_until
 from tests.traffic import CheckingCollector, payload
 
@@ -67,9 +67,7 @@ class Away:
         found = self.sending(lambda account: account["acknowledged"] == account["taken"])
         assert (self.collector.received, self.collector.wrong) == (sent, 0)
         assert (found["taken"], found["held"]) == (sent, 0)
-        for site in (self.a, self.b):
-            code, text, _ = site.run("ledger")
-            assert (code, text.splitlines()[-1]) == (0, "balanced"), text
+        assert_balanced(self.a, self.b)
 
     def _ledgers(self) -> str:
         return "".join(text for site in (self.a, self.b) for text in map(str, site.run("ledger")))
