@@ -103,7 +103,7 @@ class StreamJournal:
         there: dict[str, os.stat_result] = {}
         for file in os.scandir(self.directory):
             with contextlib.suppress(FileNotFoundError):
-                there[file.name] = file.stat()
+                there[file.name] = _stat(file)
         for segment in segments_in(self.directory.parent, self.stream, unreadable=True):
             if found := [there[name] for name in there.keys() & segment.names]:  # two: compressed, and left there
                 size, ended_ns = sum(each.st_size for each in found), max(each.st_mtime_ns for each in found)
@@ -306,3 +306,11 @@ class StreamJournal:
             return lambda: apply(result)
 
         self._disk.submit(work)
+
+
+def _stat(file: os.DirEntry[str]) -> os.stat_result:
+    """Return what is known of a file, or of a symbolic link that leads nowhere. FileNotFoundError: it is gone."""
+    try:
+        return file.stat()
+    except OSError:
+        return file.stat(follow_symlinks=False)

@@ -55,7 +55,11 @@ class Lock:
 
 def streams_in(directory: Path) -> list[str]:
     """Return the streams that have a directory. OSError when it can't be read."""
-    return sorted(each.name for each in os.scandir(directory) if each.is_dir(follow_symlinks=False))
+    found = []
+    for path in directory.iterdir():
+        with suppress(OSError):  # a symbolic link that leads to itself, or where this user may not look
+            found += [path.name] if path.is_dir() else []
+    return sorted(found)
 
 
 def segments_in(directory: Path, stream: str, *, unreadable: bool = False) -> list[Segment]:

@@ -206,6 +206,22 @@ def test_compressed_segments_count_and_go_in_their_turn(
     assert list((tmp_path / "flows").iterdir()) == []
 
 
+def test_links_to_nowhere_do_no_harm(tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A symbolic link that leads nowhere, or to itself, has the name of a segment: the journal starts with the rest."""
+    left_by_two_workers(tmp_path, disk, monkeypatch)
+    one, two, *_ = sorted((tmp_path / "flows").iterdir())
+    for link, target in ((one, one), (two, tmp_path / "gone")):
+        link.unlink()
+        link.symlink_to(target)
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+    assert [each.segment.number for each in journal.kept()] == [1, 2, 3, 4, 5, 6]
+    for each in journal.kept():
+        journal.remove(each)
+    wait_until(lambda: disk.collect() or not journal.going, "they are removed")  # type: ignore[func-returns-value]
+    assert list((tmp_path / "flows").iterdir()) == []
+
+
 def test_what_can_not_be_removed_does_not_keep_others(
     tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,21 @@ def test_compressed_segments_are_left_out_and_said(stack: Stack) -> None:
     assert "can't be read: 1 (compressed); they are left out; decompress them first, such as by `zstd -d`" in said
 
 
+def test_directories_and_segments_may_be_on_another_disk(stack: Stack) -> None:
+    """A directory that is a symbolic link, and a segment that is one, are read; links to nowhere do no harm."""
+    directory, elsewhere = stack.directory / "journal", stack.directory / "elsewhere"
+    put = fill(elsewhere)
+    directory.mkdir()
+    (directory / "flows").symlink_to(elsewhere / "flows")
+    (directory / "loop").symlink_to("loop")
+    (directory / "nowhere").symlink_to("gone")
+    first = min((elsewhere / "flows").iterdir())
+    first.rename(stack.directory / first.name)
+    first.symlink_to(stack.directory / first.name)
+    code, found, said = export(stack, "--stream", "flows", "--directory", str(directory))
+    assert (code, len(found)) == (0, len(put)), said
+
+
 def test_what_retention_takes_meanwhile_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Segments that are removed before they are read are left out; the exit code is 1, and a line says so."""
     fill(tmp_path, 1)
