@@ -8,7 +8,7 @@ import pytest
 from services.uplink.nodes.beats import beat_subject, unparse_beat
 from services.uplink.nodes.cluster import TOLD_NS, Cluster
 from services.uplink.nodes.membership import BEAT_SECONDS, SILENT_SECONDS
-from shared.fanout.past.overlaps import LOOK_SECONDS, LOOKS, Overlaps
+from shared.fanout.sending.overlaps import LOOK_SECONDS, LOOKS, Overlaps
 from shared.ledger.counters import PERHAPS_TWICE, SENT
 
 COPIES: Final = 10
