@@ -1,4 +1,4 @@
-"""One collector's way back to the live copies of one stream: its place, what it gets next, and when it is level.
+"""One collector's way back to the live copies of one stream: what it gets next, and when it is level.
 
 It reads the journal until the window of live batches covers the rest, then the window until nothing is left. All of it
 is decided by the running counts of workers, and nothing by time. Pure.
@@ -6,7 +6,7 @@ is decided by the running counts of workers, and nothing by time. Pure.
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -18,15 +18,13 @@ from shared.bus.bodies.journal_messages import JournalPlace, WorkerPosition
 from shared.bus.continuity import Position
 from shared.client import Place
 from shared.datagrams.batch import ROW, DatagramBatch
+from shared.fanout.past.stream_place import StreamPlace
 from shared.fanout.past.window import Numbered, Window, Worker
 
 PATIENCE_SECONDS: Final = 5.0
 """Time for which the journal may be at its end, and have less than was published, before that counts as missing."""
 STRAY_SECONDS: Final = 5.0
 """Time after which a worker of the past of which nothing comes live is taken for one that has ended."""
-TOTAL, SEQUENCE, RECEIVED, COUNTED = "", "/sequence", "/received", "/counted"
-"""Endings of the counters that are kept of a worker. The first and the last are one more than they say; 0: none."""
-SINCE: Final = "since_ns"
 GENERATION: Final = "generation"
 
 
@@ -54,34 +52,22 @@ class Step:
     discovered: int = 0
 
 
-class Pursuit:
-    """A collector's place in a stream. `counts` keeps it, for the next process if they are kept counts.
-
-    Of workers without a place it is owed what was received at `since_ns` or later. `counted` says from which count on
-    its account has a worker's datagrams as owed already; of a worker that is not followed it has none.
-    """
+class Pursuit(StreamPlace):
+    """A collector's place in a stream, while it moves on to the live copies."""
 
     def __init__(
         self, stream: str, since_ns: int, counts: Counter[str], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.stream = stream
-        self.since_ns = since_ns
+        super().__init__(stream, since_ns, counts)
         self.state = PursuitState.READING
         self.by_window = False
         """True where there is no journal: the window has all that can be had. Then `_exhausted` once it has no more."""
         self._exhausted = False
         self.reader: JournalPlace | None = None
         """The place in the journal's files at which its last portion ended."""
-        self.newest_ns = since_ns
-        """The time at which the last datagrams that it got were received."""
         self.behind_live = False
         """True: nothing of the journal goes before what comes live, which rules may have copied."""
-        self._counts = counts
         self._clock = clock
-        self._totals: dict[Worker, int] = {}
-        self._sequences: dict[Worker, int] = {}
-        self._received: dict[Worker, int] = {}
-        self._counted: dict[Worker, int] = {}
         self._queue: deque[Numbered] = deque()
         self._fetched: dict[Worker, WorkerPosition] = {}
         self._expired = 0
@@ -95,37 +81,11 @@ class Pursuit:
         """The time since which the journal has been at its end, and less was there than was published."""
         self._ahead_since: float | None = None
         """The time since which the journal has had a batch that did not come live."""
-        if since_ns:
-            counts[SINCE] = since_ns
-        self._restore()
-
-    def _restore(self) -> None:
-        counts = self._counts
-        self.since_ns = counts.get(SINCE, self.since_ns)
-        for name in counts:
-            worker = _parse(name)
-            if worker and counts[name]:
-                self._totals[worker] = counts[name] - 1
-                self._sequences[worker] = counts.get(name + SEQUENCE, 0)
-                self._received[worker] = counts.get(name + RECEIVED, 0)
-            if name.endswith(COUNTED) and counts[name] and (worker := _parse(name.removesuffix(COUNTED))):
-                self._counted[worker] = counts[name] - 1
-        self.newest_ns = max((self.newest_ns, *self._received.values()))
 
     @property
     def queued(self) -> int:
         """Datagrams that the journal has sent and that the collector has still to get."""
         return sum(len(each.batch) for each in self._queue)
-
-    @property
-    def totals(self) -> Mapping[Worker, int]:
-        """The place reached of each worker."""
-        return self._totals
-
-    def places(self) -> Iterator[Place]:
-        """Yield its places."""
-        for worker, total in self._totals.items():
-            yield Place(self.stream, *worker, self._sequences.get(worker, 0), total, self._received.get(worker, 0))
 
     def begin(
         self,
@@ -143,28 +103,7 @@ class Pursuit:
                 self._move(worker, place.total)
                 self._pass_batch(worker, place.sequence, place.received_ns)
         for worker, position in followed.items():
-            counted = min(position.reached, waiting.get(worker, position.reached))
-            self._counted[worker] = counted
-            self._counts[_name(worker) + COUNTED] = counted + 1
-
-    def deferred(self, followed: Mapping[Worker, Position]) -> int:
-        """Return how many of the datagrams that its account has as owed it has still to get."""
-        return sum(
-            max(0, each.reached - max(self._totals.get(worker, 0), self._counted.get(worker, each.baseline)))
-            for worker, each in followed.items()
-        )
-
-    def behind(self, followed: Mapping[Worker, Position]) -> int:
-        """Return how many datagrams it has still to get, of the workers that are followed, as far as is known."""
-        return sum(
-            max(0, each.reached - self._totals.get(worker, self._counted.get(worker, each.baseline)))
-            for worker, each in followed.items()
-        )
-
-    def passed_before(self, worker: Worker, start: int, stop: int) -> int:
-        """Return how many of a worker's datagrams from `start` to `stop`, which now come live, it has had already."""
-        ahead = min(stop, self._totals.get(worker, 0)) - start
-        return max(0, ahead)
+            self._note_counted(worker, min(position.reached, waiting.get(worker, position.reached)))
 
     def positions(self) -> list[WorkerPosition]:
         """Return the places from which the journal is to be read on: behind what it has sent already."""
@@ -226,14 +165,6 @@ class Pursuit:
                 return self._step(numbered, at, most, followed)
         return None
 
-    def _place(self, numbered: Numbered, followed: Mapping[Worker, Position]) -> int:
-        """Return the place reached of a batch's worker: it begins with the first that is had, or that is owed."""
-        known, position = self._totals.get(numbered.worker), followed.get(numbered.worker)
-        if known is not None:
-            return known
-        owed_from = self._counted.get(numbered.worker, position.baseline) if position else numbered.total
-        return min(numbered.total, owed_from)
-
     def _comes_live(self, numbered: Numbered, followed: Mapping[Worker, Position]) -> bool:
         """Return whether a batch that the journal has may still come live; with the next one it is known to be lost."""
         position = followed.get(numbered.worker)
@@ -260,14 +191,6 @@ class Pursuit:
         expired = min(missing, self._expired)
         discovered = self._discovered(numbered.worker, at, stop, followed)
         return Step(numbered, numbered.batch.part(first, last), stop, missing, expired, discovered)
-
-    def _discovered(self, worker: Worker, start: int, stop: int, followed: Mapping[Worker, Position]) -> int:
-        """Return how many datagrams from `start` to `stop` the collector's account does not have as owed now."""
-        position = followed.get(worker)
-        if position is None:
-            return stop - start
-        counted = self._counted.get(worker, position.baseline)
-        return max(0, min(stop, counted) - start) + max(0, stop - max(start, position.reached, counted))
 
     def advance(self, step: Step) -> None:
         """Move the collector's place behind a step."""
@@ -300,8 +223,7 @@ class Pursuit:
         self._read_again()
         if position is None:
             return 0
-        counted = self._counted.get(worker, position.baseline)
-        return max(0, min(before, position.reached) - max(place.total, counted))
+        return max(0, min(before, position.reached) - max(place.total, self._owed_from(worker, position)))
 
     def check(self, window: Window, followed: Mapping[Worker, Position], *, at_once: bool = False) -> PursuitState:
         """Return the state that it is in now; `at_once`: no more is awaited of the journal."""
@@ -351,7 +273,7 @@ class Pursuit:
         """
         for worker, each in followed.items():
             if worker not in self._totals:
-                owed_from = self._counted.get(worker, each.baseline)
+                owed_from = self._owed_from(worker, each)
                 if self.by_window and (first := window.find(worker, 0)):
                     owed_from = min(owed_from, first.total)
                 known = self._fetched.get(worker, WorkerPosition(*worker, 0, owed_from, self.since_ns))
@@ -375,25 +297,6 @@ class Pursuit:
         self.state, self._at_end, self._short_since = PursuitState.READING, False, None
         self._expired = 0  # the journal tells of it again
         self._fetched.clear()
-
-    def _move(self, worker: Worker, total: int) -> None:
-        self._totals[worker] = total
-        self._counts[_name(worker)] = total + 1
-
-    def _pass_batch(self, worker: Worker, sequence: int, received_ns: int) -> None:
-        self._sequences[worker], self._received[worker] = sequence, received_ns
-        self._counts[_name(worker) + SEQUENCE] = sequence
-        self._counts[_name(worker) + RECEIVED] = received_ns
-
-
-def _name(worker: Worker) -> str:
-    return f"{worker[0]}/{worker[1]:x}"
-
-
-def _parse(name: str) -> Worker | None:
-    """Return the worker whose place is kept under a name; None: it is the name of something else."""
-    worker, slash, boot = name.partition("/")
-    return (worker, int(boot, 16)) if slash and "/" not in boot else None
 
 
 _NOTHING: Final = DatagramBatch("", 0, np.empty(0, ROW), b"")

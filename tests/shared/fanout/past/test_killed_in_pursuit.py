@@ -15,7 +15,7 @@ from shared.bus import kept_counts
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, JournalPortion, Replayed, WorkerPosition
 from shared.bus.messages import Body, Datagrams, Message, RegistrySnapshot, Status, datagrams_topic
 from shared.client import Resume
-from shared.fanout.past import catch_up, past_sender, pursuit
+from shared.fanout.past import catch_up, past_sender, pursuit, stream_place
 from shared.ledger.equations import discrepancies, dropped
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
@@ -29,7 +29,7 @@ ROWS = 5
 """Datagrams of a batch."""
 PAST, LIVE = 6 * ROWS, 2 * ROWS
 """Datagrams that are there when the collector signs up, and that come while it catches up."""
-TRACED = tuple(each.__file__ for each in (catch_up, kept_counts, past_sender, pursuit))
+TRACED = tuple(each.__file__ for each in (catch_up, kept_counts, past_sender, pursuit, stream_place))
 
 
 class Moment(NamedTuple):
