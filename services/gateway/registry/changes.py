@@ -28,21 +28,11 @@ class Keep(Protocol):
         """Store `events`, orders that came or ended, and places left; `generation` is the last one given."""
 
 
-def keep_nothing(
-    events: Sequence[Event],
-    generation: int,
-    withheld: Orders = NO_ORDERS,
-    pasts: Gone = NO_PASTS,
-) -> None:
+def keep_nothing(*_: object, **__: object) -> None:
     """Store nothing, for a registry that ends with its process."""
 
 
-def never_keep(
-    events: Sequence[Event],  # noqa: ARG001
-    generation: int,  # noqa: ARG001
-    withheld: Orders = NO_ORDERS,  # noqa: ARG001
-    pasts: Gone = NO_PASTS,  # noqa: ARG001
-) -> None:
+def never_keep(*_: object, **__: object) -> None:
     """Refuse to store a change that went past `Changes`, where it is others' too."""
     raise AssertionError("a change of the cluster's registry goes by Registry.changes")
 
