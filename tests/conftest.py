@@ -9,7 +9,7 @@ import os  # noqa: E402
 import resource  # noqa: E402
 import signal  # noqa: E402
 from collections.abc import Generator, Iterator  # noqa: E402
-from contextlib import nullcontext  # noqa: E402
+from contextlib import ExitStack, nullcontext  # noqa: E402
 from importlib.util import cache_from_source  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Final  # noqa: E402
@@ -120,6 +120,13 @@ def lab() -> None:
     """For every test that sends: it runs in a namespace with loopback alone, or not at all."""
     if LAB_REFUSED:
         pytest.skip(f"needs a network namespace of its own, and {LAB_REFUSED}")
+
+
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    """The things that a test opens; all are closed at its end."""
+    with ExitStack() as everything:
+        yield everything
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Runs of copies and queues of interfaces that cut or refuse them: every copy arrives, or is counted under a cause."""
 
 import socket
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
 import pytest
@@ -22,13 +21,6 @@ SHAPES = (
     "tbf rate 20mbit burst 70000 limit 150000",
 )
 """Queues that cut runs and lose pieces, that never have room for one, and one that takes them whole."""
-
-
-@pytest.fixture
-def opened() -> Iterator[ExitStack]:
-    """Closes what a test enters into it."""
-    with ExitStack() as everything:
-        yield everything
 
 
 def shape(host: Host, queue: str) -> None:

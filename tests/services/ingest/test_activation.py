@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from services.broker.proxy import Proxy
 from shared.ledger.accounts import Accounts
 from shared.net.sockets import kernel_drops
-from tests.builders import BusEnds, accounts_when, freeze, kill_all, take_datagrams, take_mark, wait_wanted
+from tests.builders import BusEnds, accounts_when, freeze, take_datagrams, take_mark, wait_wanted
 from tests.stack import PATIENCE_SECONDS, Running, Stack
 
 LISTEN = '"udp://127.0.0.1:6667", "udp://[::1]:6667", "tcp://127.0.0.1:6667", "tcp://[::1]:6667"'
@@ -31,13 +30,10 @@ os.execv(command[0], command)
 
 
 @pytest.fixture
-def bus(stack: Stack) -> Iterator[BusEnds]:
-    """A broker, in this process, and the test's own ends of its bus."""
+def bus(stack: Stack, bus: BusEnds) -> BusEnds:
+    """The bus, and settings with this stream."""
     stack.configure(STREAM)
-    with Proxy(stack.bus, 256):
-        with BusEnds(stack.bus) as ends:
-            yield ends
-        kill_all(stack)
+    return bus
 
 
 @pytest.fixture

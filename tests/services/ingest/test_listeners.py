@@ -1,5 +1,4 @@
 import socket
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,6 @@ from shared.settings.model import Settings
 from shared.settings.tables import Bus
 
 STREAM = Stream(name="a", listen=("udp://127.0.0.1:6671",))
-
-
-@pytest.fixture
-def opened() -> Iterator[ExitStack]:
-    """Hold what another bus's worker has open."""
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.mark.parametrize(

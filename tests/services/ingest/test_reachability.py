@@ -5,27 +5,16 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from services.broker.proxy import Proxy
 from shared.bus.zmq_sockets import Subscriber
-from tests.builders import BusEnds, accounts_when, kill_all, take_datagrams, take_mark
+from tests.builders import BusEnds, accounts_when, take_datagrams, take_mark
 from tests.network import End, Host, veth
 from tests.refusing import refused
 from tests.services.transmitter.started import as_nobody, readable_interpreter
 from tests.stack import Running, Stack, wait_until
-
-
-@pytest.fixture
-def bus(stack: Stack) -> Iterator[BusEnds]:
-    """A broker, in this process, and the test's own ends of its bus."""
-    with Proxy(stack.bus, 256):
-        with BusEnds(stack.bus) as ends:
-            yield ends
-        kill_all(stack)
 
 
 def started(stack: Stack, *listen: str, rules: str = "") -> Running:

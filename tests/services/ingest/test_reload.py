@@ -5,18 +5,16 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from services.broker.proxy import Proxy
 from shared.bus.loans.lender import GRACE_SECONDS
 from shared.bus.zmq_sockets import Subscriber
 from shared.ledger.accounts import Accounts
 from shared.ledger.equations import discrepancies
-from tests.builders import BusEnds, accounts_when, freeze, kill_all, take_datagrams, take_mark
+from tests.builders import BusEnds, accounts_when, freeze, take_datagrams, take_mark
 from tests.services.ingest.test_activation import activate_ready, held, listen
 from tests.services.ingest.test_worker import follow, is_closed, sender, take_shaped
 from tests.stack import Running, Stack, wait_until
@@ -28,13 +26,10 @@ B = '[[stream]]\nname = "b"\nlisten = ["udp://127.0.0.1:7001", "tcp://127.0.0.1:
 
 
 @pytest.fixture
-def bus(stack: Stack) -> Iterator[BusEnds]:
-    """A broker, in this process, and the test's own ends of its bus."""
+def bus(stack: Stack, bus: BusEnds) -> BusEnds:
+    """The bus, and settings with two streams."""
     stack.configure(A + B)
-    with Proxy(stack.bus, 256):
-        with BusEnds(stack.bus) as ends:
-            yield ends
-        kill_all(stack)
+    return bus
 
 
 def reload(stack: Stack, worker: Running, settings: str) -> str:

@@ -1,14 +1,13 @@
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
 
-from services.broker.proxy import Proxy
 from services.ingest.reuseport_sharing import Spreader, program
-from tests.builders import BusEnds, freeze, kill_all, take, take_mark
+from tests.builders import BusEnds, freeze, take, take_mark
 from tests.network import run_privileged
 from tests.stack import Stack, wait_until
 from tests.traffic import pause
@@ -71,15 +70,6 @@ class Site:
         """No worker has taken more than half as much again as the mean."""
         counts = {name: len(payloads) for name, payloads in self.taken.items()}
         assert max(counts.values()) <= 1.5 * sum(counts.values()) / WORKERS, counts
-
-
-@pytest.fixture
-def bus(stack: Stack) -> Iterator[BusEnds]:
-    """A broker, in this process, and the test's own ends of its bus."""
-    with Proxy(stack.bus, 256):
-        with BusEnds(stack.bus) as ends:
-            yield ends
-        kill_all(stack)
 
 
 @pytest.mark.parametrize("spread", ["flow", "source", "datagram"])

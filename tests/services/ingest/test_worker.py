@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from services.broker.proxy import Proxy
 from services.ingest.batch_publisher import new_pools
 from services.ingest.tcp_connections import SPARE_DESCRIPTORS
 from services.operator.doctor.listening_facts import listening_facts
@@ -47,13 +46,10 @@ ALL = "datagrams/"
 
 
 @pytest.fixture
-def bus(stack: Stack) -> Iterator[BusEnds]:
-    """A broker, in this process, and the test's own ends of its bus."""
+def bus(stack: Stack, bus: BusEnds) -> BusEnds:
+    """The bus, and settings with this stream."""
     stack.configure(STREAM)
-    with Proxy(stack.bus, 256):
-        with BusEnds(stack.bus) as ends:
-            yield ends
-        kill_all(stack)
+    return bus
 
 
 def follow(bus: BusEnds, stream: str = "messages") -> Subscriber:

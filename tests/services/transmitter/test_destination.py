@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -43,13 +42,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     for module in (shared.fanout.sending.backlog, services.transmitter.sender):
         monkeypatch.setattr(module, "time", clock)
     return clock
-
-
-@pytest.fixture
-def opened() -> Iterator[ExitStack]:
-    """Closed at the end of the test."""
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import errno
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
@@ -62,13 +62,6 @@ class Kernel:
         return (
             shared.datagrams.mmsg.send(descriptor, messages, start, min(stop, start + word)) if word > 0 else (0, -word)
         )
-
-
-@pytest.fixture
-def opened() -> Iterator[ExitStack]:
-    """Closed at the end of the test."""
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture

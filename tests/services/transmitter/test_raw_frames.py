@@ -2,7 +2,6 @@
 
 import errno
 import socket
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from types import SimpleNamespace
 from typing import Any
@@ -116,13 +115,6 @@ class Desk:
         (reply,) = self.answers
         self.answers.clear()
         return reply
-
-
-@pytest.fixture
-def opened() -> Iterator[ExitStack]:
-    """Closed at the end of the test."""
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture

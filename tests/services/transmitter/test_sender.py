@@ -6,7 +6,7 @@ import itertools
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
@@ -31,13 +31,6 @@ from tests.capture import Collector
 from tests.services.transmitter.site import EXPORTERS, SIEM4, SIEM6, Copied, Site, numbered, open_raw, payloads
 
 pytestmark = pytest.mark.usefixtures("lab")
-
-
-@pytest.fixture
-def opened() -> Iterator[ExitStack]:
-    """Closed at the end of the test."""
-    with ExitStack() as stack:
-        yield stack
 
 
 def test_datagrams_wait_for_the_next_hop_and_arrive_in_order(opened: ExitStack) -> None:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -112,13 +112,6 @@ def original(name: str, address: str = SIEM4, port: int = 9514, **fields: Any) -
 
 
 Start = Callable[..., Bus]
-
-
-@pytest.fixture
-def opened() -> Iterator[ExitStack]:
-    """The object that is closed at the end of the test."""
-    with ExitStack() as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -52,13 +52,6 @@ def lending(tmp_path: Path) -> Iterator[Lending]:
     gc.collect()
 
 
-@pytest.fixture
-def opened() -> Iterator[ExitStack]:
-    """Closes what a test enters into it."""
-    with ExitStack() as everything:
-        yield everything
-
-
 def borrow(lending: Lending, opened: ExitStack | None = None, stream: str = STREAM) -> Borrowed:
     """A borrower that the lender has admitted."""
     borrowed = Borrowed(lending.path, stream, lending.boot)
