@@ -3,11 +3,13 @@
 import gc
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from shared.bus.continuity import Continuity
 from shared.bus.messages import Datagrams, Message, datagrams_topic, inline_topic
+from shared.bus.zmq_sockets import Subscriber
 from tests.builders import (
     BusEnds,
     drain,
@@ -50,6 +52,17 @@ def loan_of(message: Message) -> int:
     return 0 if message.body.chunk is None else message.body.loan
 
 
+@contextmanager
+def lending(stack: Stack, clock: PoolClock) -> Iterator[tuple[BusEnds, LendingWorker, Subscriber]]:
+    """The test's ends of a bus, and a worker on it that lends to a subscriber."""
+    stack.start("broker")
+    with BusEnds(stack.bus) as bus, LendingWorker(bus, clock) as worker:
+        subscriber = bus.subscriber(TOPIC)
+        wait_wanted(worker.publisher, TOPIC)
+        worker.admit(subscriber)
+        yield bus, worker, subscriber
+
+
 def test_who_meets_a_mark_borrows(stack: Stack, pool_clock: PoolClock) -> None:
     """Subscribers that met a worker's mark get large payloads lent, intact, as long as they hold them, and in turn."""
     stack.start("broker")
@@ -82,11 +95,7 @@ def test_who_meets_a_mark_borrows(stack: Stack, pool_clock: PoolClock) -> None:
 
 def test_what_is_held_makes_the_rest_go_through_the_bus(stack: Stack, pool_clock: PoolClock) -> None:
     """While a subscriber holds every chunk large payloads come in messages; when it lets go they are lent again."""
-    stack.start("broker")
-    with BusEnds(stack.bus) as bus, LendingWorker(bus, pool_clock) as worker:
-        subscriber = bus.subscriber(TOPIC)
-        wait_wanted(worker.publisher, TOPIC)
-        worker.admit(subscriber)
+    with lending(stack, pool_clock) as (_, worker, subscriber):
         held = []
         for number in range(8):
             assert worker.publish(large(number)) == (number < 3)
@@ -100,11 +109,7 @@ def test_what_is_held_makes_the_rest_go_through_the_bus(stack: Stack, pool_clock
 
 def test_who_can_not_borrow_has_payloads_sent(stack: Stack, pool_clock: PoolClock) -> None:
     """A subscriber asks for payloads in messages where nobody lends, and from then on nothing is lent to anybody."""
-    stack.start("broker")
-    with BusEnds(stack.bus) as bus, LendingWorker(bus, pool_clock) as worker:
-        first = bus.subscriber(TOPIC)
-        wait_wanted(worker.publisher, TOPIC)
-        worker.admit(first)
+    with lending(stack, pool_clock) as (bus, worker, first):
         assert worker.publish(large(0))
         assert payloads_of([take(first)]) == large(0)
         worker.path.rename(worker.path.with_name("elsewhere"))
@@ -126,11 +131,7 @@ def test_who_can_not_borrow_has_payloads_sent(stack: Stack, pool_clock: PoolCloc
 
 def test_nothing_is_lent_while_somebody_new_may_not_have_borrowed(stack: Stack, pool_clock: PoolClock) -> None:
     """For a moment after each mark payloads go in the messages, so that who has just subscribed loses none."""
-    stack.start("broker")
-    with BusEnds(stack.bus) as bus, LendingWorker(bus, pool_clock) as worker:
-        first = bus.subscriber(TOPIC)
-        wait_wanted(worker.publisher, TOPIC)
-        worker.admit(first)
+    with lending(stack, pool_clock) as (bus, worker, first):
         assert worker.publish(large(0))
         assert payloads_of([take(first)]) == large(0)
         late = bus.subscriber(TOPIC)
@@ -152,11 +153,7 @@ def test_loan_that_can_not_be_read_is_missed(stack: Stack, pool_clock: PoolClock
 
     Until it can borrow payloads come in messages, and then they are lent again.
     """
-    stack.start("broker")
-    with BusEnds(stack.bus) as bus, LendingWorker(bus, pool_clock) as worker:
-        first = bus.subscriber(TOPIC)
-        wait_wanted(worker.publisher, TOPIC)
-        worker.admit(first)
+    with lending(stack, pool_clock) as (bus, worker, first):
         late, continuity = bus.subscriber(TOPIC), Continuity()
         wait_until(lambda: TOPIC in worker.publisher.new_subscriptions(), "the late one is seen")
         worker.greet()
