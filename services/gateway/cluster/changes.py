@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from services.gateway.admission.peer import Peer
-from services.gateway.cluster.log import LARGEST_BATCH, BucketLog, LogError, OvertakenError, Write
+from services.gateway.cluster.bucket_log import LARGEST_BATCH, BucketLog, LogError, OvertakenError, Write
 from services.gateway.cluster.records import Record, encode, key_of, seconds_of
 from services.gateway.cluster.replica import Replica
 from services.gateway.protocol.requests import ErrorWord, RequestError

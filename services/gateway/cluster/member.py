@@ -9,9 +9,9 @@ from typing import Final
 
 from nats.aio.client import Client
 
+from services.gateway.cluster.bucket_log import BucketLog, LogError, OvertakenError, Write
 from services.gateway.cluster.changes import ClusterChanges
 from services.gateway.cluster.keys import META, SESSION
-from services.gateway.cluster.log import BucketLog, LogError, OvertakenError, Write
 from services.gateway.cluster.records import PAST_SECONDS, Left, ListIdentity, Session, encode, key_of
 from services.gateway.cluster.replica import Replica
 from services.gateway.cluster.sessions import SESSION_SECONDS, Sessions

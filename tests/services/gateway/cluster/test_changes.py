@@ -14,8 +14,8 @@ from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.upkeep import expel_loops
 from services.gateway.cluster import changes as module
+from services.gateway.cluster.bucket_log import LogError, OvertakenError, Write
 from services.gateway.cluster.changes import ClusterChanges
-from services.gateway.cluster.log import LogError, OvertakenError, Write
 from services.gateway.cluster.records import Record
 from services.gateway.cluster.replica import Replica
 from services.gateway.protocol.requests import RequestError

@@ -12,8 +12,8 @@ from structlog.testing import capture_logs
 from services.gateway.admission.peer import Peer
 from services.gateway.cluster import changes as module
 from services.gateway.cluster import member as member_module
+from services.gateway.cluster.bucket_log import LogError, OvertakenError, Write
 from services.gateway.cluster.keys import LISTED, SESSION
-from services.gateway.cluster.log import LogError, OvertakenError, Write
 from services.gateway.cluster.member import SESSION_TTL_SECONDS, Member
 from services.gateway.cluster.records import GONE_SECONDS, Gone, Identity, encode, key_of
 from services.gateway.registry.changes import ignore, never_keep

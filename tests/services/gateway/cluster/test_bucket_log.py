@@ -12,8 +12,8 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
+from services.gateway.cluster.bucket_log import BucketLog, LogError, OvertakenError, Write
 from services.gateway.cluster.keys import subject_of
-from services.gateway.cluster.log import BucketLog, LogError, OvertakenError, Write
 from shared.nats.connection import CarefulClient, open_connection
 from shared.settings.uplink import Uplink
 from tests.certificates import Authority
