@@ -129,11 +129,7 @@ class DatagramReceiver:
         received_ns = time.time_ns()
         lengths = arena.lengths(count)
         size, longest = int(np.add.reduce(lengths)), int(np.maximum.reduce(lengths))
-        wanted, wanted_size = count, size
-        if longest > MAX_DATAGRAM:
-            oversized = lengths[lengths > MAX_DATAGRAM]
-            wanted, wanted_size = count - len(oversized), size - int(oversized.sum())
-            self._feed.refuse_oversized(len(oversized))
+        wanted, wanted_size = self._refuse_oversized(lengths) if longest > MAX_DATAGRAM else (count, size)
         self._account[RECEIVED] += count
         self._account[BYTES] += wanted_size
         self._account[TRUNCATED] += arena.truncated(count)
@@ -148,7 +144,7 @@ class DatagramReceiver:
             if loan and size >= LENT_SIZE and longest <= self._stride:
                 self._feed.publish(received_ns, rows, loan.memory[: count * self._stride], loan, self._stride, copied)
             else:
-                self._compact(received_ns, rows, lengths, copied)
+                self._publish_fitting(received_ns, rows, lengths, arena.payload(0, count), copied)
         if self._replier:
             self._replier.reply(arena, count)
         arena.restore(count)
@@ -167,9 +163,10 @@ class DatagramReceiver:
         rows = np.repeat(arena.rows(count, self._family), counts)
         rows["length"] = lengths
         copied = None if copied is None else np.repeat(copied, counts)
+        wanted, wanted_size = self._refuse_oversized(lengths)
         self._account[RECEIVED] += datagrams
-        self._account[BYTES] += size
-        wanted = self._feed.receive(datagrams, size)
+        self._account[BYTES] += wanted_size
+        is_wanted = bool(wanted) and self._feed.receive(wanted, wanted_size)
         # Equal trains that fill their places stand end to end in lent memory; the next ones are received like these.
         piece, per_piece = int(arena.lengths(count)[0]), int(counts[0])
         alike = bool((arena.lengths(count) == piece).all() and (counts == per_piece).all())
@@ -180,18 +177,44 @@ class DatagramReceiver:
         batch = DatagramBatch(self._feed.stream, received_ns, rows, payload, generations=copied)
         if self._numbered:
             self._feed.observe(batch)
-        if wanted and loan:
+        if is_wanted and loan:
             self._feed.publish(received_ns, rows, payload, loan, copied=copied)
-        elif wanted:
-            self._publish_parts(batch)
+        elif is_wanted:
+            self._publish_fitting(received_ns, rows, lengths, payload, copied)
         if self._replier:  # since a reload: a stream with a reply takes no trains from the start
             self._replier.refuse(datagrams)
         arena.restore(count)
         self._stride, self._trains = (piece, MAX_ROWS // per_piece) if alike else (0, MAX_TRAINS)
         return datagrams, size
 
-    def _publish_parts(self, batch: DatagramBatch) -> None:
-        """Put datagrams that stand end to end on the bus, in as many messages as needed, and lend what may be lent."""
+    def _refuse_oversized(self, lengths: npt.NDArray[np.integer]) -> tuple[int, int]:
+        """Count datagrams that are too long; return the number of the others, and their bytes."""
+        fits = lengths <= MAX_DATAGRAM
+        wanted = int(np.count_nonzero(fits))
+        if wanted < len(lengths):
+            self._feed.refuse_oversized(len(lengths) - wanted)
+        return wanted, int(lengths[fits].sum())
+
+    def _publish_fitting(
+        self,
+        received_ns: int,
+        rows: Rows,
+        lengths: npt.NDArray[np.integer],
+        payload: bytes | memoryview,
+        copied: Generations | None,
+    ) -> None:
+        """Put datagrams that stand end to end on the bus, in as many messages as needed, without those too long.
+
+        What may be lent is lent. `lengths` are true where those of `rows` are not, which hold 16 bits.
+        """
+        fits = lengths <= MAX_DATAGRAM
+        if not fits.all():
+            ends = np.cumsum(lengths, dtype=np.int64)
+            places = zip((ends - lengths)[fits].tolist(), ends[fits].tolist(), strict=True)
+            view = memoryview(payload)
+            payload, rows = b"".join([view[start:end] for start, end in places]), rows[fits]
+            copied = None if copied is None else copied[fits]
+        batch = DatagramBatch(self._feed.stream, received_ns, rows, payload, generations=copied)
         for part in batch.parts(CHUNK):
             loan = self._feed.lend(len(part.payload))
             if loan:
@@ -215,18 +238,6 @@ class DatagramReceiver:
         arena.restore(count)
         self._stride = 0
         return count, size
-
-    def _compact(self, received_ns: int, rows: Rows, lengths: Lengths, copied: Generations | None) -> None:
-        """Put datagrams that did not come to their place on the bus, without those that are too long."""
-        payload = self._arena.payload(0, len(lengths))
-        fits = lengths <= MAX_DATAGRAM
-        if not fits.all():
-            ends = np.cumsum(lengths, dtype=np.int64)
-            places = zip((ends - lengths)[fits].tolist(), ends[fits].tolist(), strict=True)
-            view = memoryview(payload)
-            payload, rows = b"".join([view[start:end] for start, end in places]), rows[fits]
-            copied = None if copied is None else copied[fits]
-        self._publish_parts(DatagramBatch(self._feed.stream, received_ns, rows, payload, generations=copied))
 
     def _fail(self, error: OSError) -> None:
         """Count a failed call; where none succeeds any more the loop must not spin."""

@@ -142,7 +142,7 @@ class Chunks:
     st.lists(
         st.lists(
             st.tuples(
-                st.sampled_from([1, 100, 1000]),
+                st.sampled_from([1, 100, 1000, MAX_DATAGRAM + 20]),
                 st.sampled_from([1, 2, 16, 64, 128]),
                 st.sampled_from([0, 0, 30]),
                 st.integers(0, 2),
@@ -158,7 +158,7 @@ class Chunks:
 def test_trains_are_received_as_their_datagrams_are(
     lab: None, host: str, lends: bool, turns: list[list[tuple[int, int, int, int]]], times: int
 ) -> None:
-    """The same datagrams give the same rows in order, payload and accounts, as trains or one by one."""
+    """The same datagrams give the same rows in order, payload and accounts, as trains or one by one, some too long."""
     outcomes = []
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with ExitStack() as opened:
@@ -172,7 +172,9 @@ def test_trains_are_received_as_their_datagrams_are(
             receiver = DatagramReceiver(sock, feed, account, ReceiveArena(), None, trains=trains)
             for sent in turns:
                 for number, (segment, count, missing, sender) in enumerate(sent * times):
-                    size = min(segment * count, 65_000) - min(missing, segment - 1)
+                    if segment > MAX_DATAGRAM:  # by IPv6 alone, and alone
+                        segment, count, missing = (0, 1, 0) if family == socket.AF_INET6 else (1, 1, 0)
+                    size = min(segment * count, 65_000) - min(missing, segment - 1) if segment else MAX_DATAGRAM + 20
                     payload = (bytes(range(number, 251)) * (1 + size // 200))[:size]
                     try:
                         senders[sender].setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, segment)
@@ -182,7 +184,7 @@ def test_trains_are_received_as_their_datagrams_are(
                         raise
                 while receiver.receive() != (0, 0):
                     pass
-            rows, payloads = (b"".join(parts) for parts in zip(*bus.taken, strict=True))
+            rows, payloads = b"".join(rows for rows, _ in bus.taken), b"".join(payload for _, payload in bus.taken)
             outcomes.append((rows, payloads, account, feed.account))
     assert outcomes[0] == outcomes[1]
 
