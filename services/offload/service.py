@@ -105,7 +105,7 @@ class OffloadService:
         self._reply = Requests(self.name, self._publisher.boot).topic
         self._replica = RegistryReplica()
         self._snapshot = SnapshotRequest(self._subscriber)
-        self._workers = Workers(time.monotonic, lambda source: self._publisher.wanted(offload_topic(source)))
+        self._workers = Workers(time.monotonic)
         self._marks = MarkWatch(time.monotonic)
         self._handover = Handover(self.settings.offload.generations, lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
         self._surroundings: Surroundings | None = None
@@ -225,7 +225,7 @@ class OffloadService:
             kind, _, stream = what.partition("/")
             if kind == "stream":
                 marked[stream.rpartition("/")[0]] += count
-        if self._marks.note(marked, self._workers.marks_read(), reporting=self._workers.reporting):
+        if self._marks.note(marked, self._workers.marks_read(), self._workers.reporting):
             self._dirty = True
             if self._marks.reason:
                 log.error("the kernel makes no copies", reason=self._marks.reason)

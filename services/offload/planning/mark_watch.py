@@ -3,6 +3,7 @@
 A rule of another program that sets a whole mark takes ours away. The senders would then send what the kernel has sent.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -10,18 +11,18 @@ from typing import Final
 UNREAD: Final = 16
 """Marks in a row of which none has come: fewer may be datagrams that the host's firewall drops, or wrong checksums."""
 UNREAD_SECONDS: Final = 3.0
-"""Time that they have to come: workers report each second."""
+"""Time between them and a report without any of them: workers report each second, and later on a busy host."""
 AGAIN_SECONDS: Final = 600.0
 """Time after which the rules are tried again."""
 
 
 @dataclass(slots=True)
 class _Stream:
-    """The counts when marks came last, and that time."""
+    """The counts when marks came last, and since when so many more are set that some should come."""
 
     marked: int
     read: int
-    at: float
+    since: float = math.inf
 
 
 class MarkWatch:
@@ -33,20 +34,25 @@ class MarkWatch:
         self._until = 0.0
         self.reason = ""
 
-    def note(self, marked: Mapping[str, int], read: Mapping[str, int], *, reporting: bool) -> bool:
-        """Note what the rules have marked and what has been read of it, or dropped, since any time in the past.
+    def note(self, marked: Mapping[str, int], read: Mapping[str, int], reporting: tuple[float, float]) -> bool:
+        """Note what the rules have marked, and what workers had read of it, or dropped, as of their last report.
 
-        Return whether `reason` has changed. While no worker is `reporting`, nothing can be said.
+        Both are counts since any time in the past. `reporting`: the time since which workers report steadily, and that
+        of the last report. What was marked while they did not says nothing: one may be restarted, or kept from the CPU.
+        Return whether `reason` has changed.
         """
         now, before = self._clock(), self.reason
+        steady_since, reported_at = reporting
         if self.reason and now >= self._until:
             self.reason = ""
             self._streams.clear()
         for stream, count in marked.items():
             known = self._streams.get(stream)
-            if known is None or not reporting or read.get(stream, 0) != known.read or count < known.marked:
-                self._streams[stream] = _Stream(count, read.get(stream, 0), now)
-            elif count - known.marked >= UNREAD and now >= known.at + UNREAD_SECONDS and not self.reason:
-                self.reason = f"another program takes the marks of stream {stream} away; see [offload] mark_mask"
-                self._until = now + AGAIN_SECONDS
+            if known is None or read.get(stream, 0) != known.read or count < known.marked:
+                self._streams[stream] = _Stream(count, read.get(stream, 0))
+            elif count - known.marked >= UNREAD:
+                known.since = min(known.since, now)
+                if reported_at >= max(known.since, steady_since) + UNREAD_SECONDS and not self.reason:
+                    self.reason = f"another program takes the marks of stream {stream} away; see [offload] mark_mask"
+                    self._until = now + AGAIN_SECONDS
         return before != self.reason

@@ -1,4 +1,4 @@
-"""The processes that must know of the kernel's copies: workers that read marks, senders that are told. No I/O."""
+"""The processes that must know of the kernel's copies: workers that read marks, senders that ask. No I/O."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -6,30 +6,29 @@ from typing import Final
 
 from shared.bus.messages import Envelope, Status
 from shared.bus.status import Report, Reports
-from shared.client import Source
-from shared.ledger.counters import KERNEL_DROPPED, MARK_BLIND, MARK_SOCKETS, MARKS_READ, MARKS_UNREAD
+from shared.ledger.counters import BY_KERNEL_LATE, KERNEL_DROPPED, MARK_BLIND, MARK_SOCKETS, MARKS_READ, MARKS_UNREAD
 
 SILENT_SECONDS: Final = 3.5
 """A process that has not reported for so long has ended, or is stopped."""
-SENDERS: Final[dict[str, Source]] = {"forwarder": "relay", "transmitter": "original"}
+STEADY_SECONDS: Final = 2.0
+"""Most time between reports, which are due each second, of a worker that reports steadily."""
 
 
 class Workers:
-    """Follows the reports of workers and senders; `is_told` says whether a sender subscribes to generations."""
+    """Follows the reports of workers and senders."""
 
-    def __init__(self, clock: Callable[[], float], is_told: Callable[[Source], bool] = lambda _: True) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._is_told = is_told
         self._reports = Reports()
         self._seen: dict[str, float] = {}
+        self._boots: dict[str, int] = {}
+        self.reporting = 0.0, 0.0
+        """The time since which all workers that report do so steadily, and that of the last report."""
         self._blind: dict[str, bool] = {}
         """By worker."""
         self._unread: dict[str, int] = {}
-        self._senders: dict[str, float] = {}
-        """The times at which senders of copies have reported."""
-        self._asking: dict[str, int] = {}
-        """The boot ids with which they did so while they were told: if they are told no more, they have ended."""
-        self._boots: dict[str, int] = {}
+        self._older: dict[str, float] = {}
+        """The times at which senders of copies have reported that do not ask for generations."""
         self._told = self.reason()
 
     def note(self, envelope: Envelope, status: Status) -> bool:
@@ -39,25 +38,25 @@ class Workers:
             return False
         kind = report.service.partition(".")[0]
         if kind == "ingest":
-            self._note_worker(report)
+            self._note_worker(report, envelope.boot)
         elif kind == "forwarder" or report.accounts.get(kind, {}).get("raw_sockets"):
-            self._senders[report.service], self._boots[report.service] = self._clock(), envelope.boot
-            if self._is_told(SENDERS[kind]):
-                self._asking[report.service] = envelope.boot
+            # A report may come before the subscription of its sender, which has just begun: its counters tell for sure.
+            if BY_KERNEL_LATE in report.accounts.get(kind, {}):
+                self._older.pop(report.service, None)
+            else:
+                self._older[report.service] = self._clock()
         return self._changed()
 
-    def _note_worker(self, report: Report) -> None:
+    def _note_worker(self, report: Report, boot: int) -> None:
+        now, (steady_since, _) = self._clock(), self.reporting
+        begins = self._boots.get(report.service) != boot or now > self._seen.get(report.service, 0.0) + STEADY_SECONDS
+        self.reporting, self._boots[report.service] = (now if begins else steady_since, now), boot
         own = report.accounts.get("ingest", {})
         unread = own.get(MARKS_UNREAD, 0)
         grown = unread > self._unread.get(report.service, unread)
         self._unread[report.service] = unread
-        self._seen[report.service] = self._clock()
+        self._seen[report.service] = now
         self._blind[report.service] = grown or not own.get(MARK_SOCKETS) or bool(own.get(MARK_BLIND))
-
-    @property
-    def reporting(self) -> bool:
-        """Return whether a worker has reported of late."""
-        return any(seen >= self._clock() - SILENT_SECONDS for seen in self._seen.values())
 
     def marks_read(self) -> Counter[str]:
         """Return, by stream, the datagrams of all workers that came with a mark, or that the kernel has dropped."""
@@ -75,7 +74,7 @@ class Workers:
         for name in [name for name, seen in self._seen.items() if seen < past]:
             if self._blind[name] or len(self._seen) > 1:  # the last that could read stays: it may be restarted
                 del self._seen[name], self._blind[name]
-        self._senders = {name: seen for name, seen in self._senders.items() if seen >= past}
+        self._older = {name: seen for name, seen in self._older.items() if seen >= past}
         return self._changed()
 
     def reason(self) -> str:
@@ -84,12 +83,8 @@ class Workers:
             return "no ingest worker has reported that it reads marks"
         if blind := sorted(name for name, blind in self._blind.items() if blind):
             return f"{blind[0]} does not read marks: what the kernel has copied would be sent again"
-        untold = sorted(
-            name
-            for name in self._senders
-            if self._asking.get(name) != self._boots[name] and not self._is_told(SENDERS[name.partition(".")[0]])
-        )
-        return f"{untold[0]} does not ask what the kernel has copied: it would send that again" if untold else ""
+        older = min(self._older, default="")
+        return f"{older} does not ask what the kernel has copied: it would send that again" if older else ""
 
     def _changed(self) -> bool:
         before, self._told = self._told, self.reason()

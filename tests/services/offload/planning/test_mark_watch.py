@@ -7,14 +7,15 @@ class Watched:
     def __init__(self) -> None:
         self.now = 100.0
         self.watch = MarkWatch(lambda: self.now)
+        self.reporting = self.now, self.now
 
     def note(self, marked: int, read: int, *, reporting: bool = True) -> str:
         """Note counts a second later; return the reason then."""
         self.now += 1
         before = self.watch.reason
-        assert self.watch.note({"syslog": marked}, {"syslog": read}, reporting=reporting) == (
-            before != self.watch.reason
-        )
+        if reporting:
+            self.reporting = self.reporting[0], self.now
+        assert self.watch.note({"syslog": marked}, {"syslog": read}, self.reporting) == (before != self.watch.reason)
         return self.watch.reason
 
 
@@ -22,7 +23,7 @@ def test_marks_that_do_not_come_are_noticed() -> None:
     """Once enough marks were set, and none has come for seconds, the stream is named; later it is tried again."""
     watched = Watched()
     assert watched.note(0, 0) == ""
-    for second in range(int(UNREAD_SECONDS)):
+    for second in range(int(UNREAD_SECONDS) + 1):
         reason = watched.note(UNREAD * (second + 1), 0)
     assert reason == "another program takes the marks of stream syslog away; see [offload] mark_mask"
     watched.now += AGAIN_SECONDS
@@ -40,3 +41,22 @@ def test_marks_that_come_late_or_to_nobody_are_no_reason() -> None:
         assert watched.note(20_000 * second, 18_500, reporting=False) == ""
     assert watched.note(5, 18_500) == ""
     assert watched.note(10, 18_500) == ""
+
+
+def test_burst_behind_a_silence_is_no_reason() -> None:
+    """Marks of a stream that was silent are counted before a worker's next report has them."""
+    watched = Watched()
+    for _ in range(20):
+        assert watched.note(100, 100) == ""
+    assert watched.note(100 + UNREAD, 100) == ""
+    assert watched.note(100 + UNREAD, 100 + UNREAD) == ""
+
+
+def test_marks_of_a_worker_that_stands_still_are_no_reason() -> None:
+    """While no report comes nothing is known; and the first one of a worker that was restarted has read nothing yet."""
+    watched = Watched()
+    for second in range(9):
+        assert watched.note(1000 * second, 100, reporting=False) == ""
+    watched.reporting = watched.now, watched.now
+    assert watched.note(9000, 100) == ""
+    assert watched.note(10_000, 1000) == ""

@@ -1,6 +1,5 @@
-from services.offload.planning.workers import SILENT_SECONDS, Workers
+from services.offload.planning.workers import SILENT_SECONDS, STEADY_SECONDS, Workers
 from shared.bus.messages import Status
-from shared.client import Source
 from tests.builders import make_envelope
 
 
@@ -9,8 +8,7 @@ class Reporting:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.told: set[Source] = {"relay", "original"}
-        self.workers = Workers(lambda: self.now, self.told.__contains__)
+        self.workers = Workers(lambda: self.now)
         self._number = 0
 
     def report(self, name: str = "ingest.1", boot: int = 1, **counters: int) -> bool:
@@ -36,19 +34,17 @@ def test_kernel_copies_once_every_worker_reads_marks() -> None:
     assert not reporting.report("ingest.2", mark_sockets=2, marks_unread=6)
     assert reporting.report("ingest.2", mark_sockets=2, marks_unread=6)
     assert reporting.workers.reason() == ""
-    assert not reporting.report("forwarder.1")
+    assert not reporting.report("forwarder.1", by_kernel_late=0)
 
 
 def test_sender_that_does_not_ask_is_of_an_older_release() -> None:
     """While a forwarder, or a transmitter with raw sockets, would send again what was copied, there are no rules."""
     reporting = Reporting()
     reporting.report(mark_sockets=2)
-    reporting.told.clear()
     assert not reporting.report("transmitter.1")
-    assert reporting.report("forwarder.1")
+    assert reporting.report("forwarder.1", revision=1)
     assert reporting.workers.reason() == "forwarder.1 does not ask what the kernel has copied: it would send that again"
-    reporting.told.add("relay")
-    assert reporting.report("forwarder.1")
+    assert reporting.report("forwarder.1", revision=1, by_kernel_late=0)
     assert reporting.workers.reason() == ""
     assert reporting.report("transmitter.1", raw_sockets=24)
     reporting.now += SILENT_SECONDS + 1
@@ -57,18 +53,13 @@ def test_sender_that_does_not_ask_is_of_an_older_release() -> None:
     assert reporting.workers.reason() == ""
 
 
-def test_sender_that_is_killed_is_no_reason() -> None:
-    """It does not ask any more, since it is gone: the kernel goes on copying until its successor has begun."""
+def test_sender_that_is_started_anew_is_no_reason() -> None:
+    """Its first report may come before its subscription; what went up without rules meanwhile would be lost."""
     reporting = Reporting()
     reporting.report(mark_sockets=2)
-    reporting.report("transmitter.1", raw_sockets=24)
-    reporting.told.clear()
-    assert not reporting.report(mark_sockets=2)
-    assert reporting.report("transmitter.1", boot=2, raw_sockets=24)
-    assert reporting.workers.reason().startswith("transmitter.1 does not ask")
-    reporting.told.add("original")
-    assert reporting.report("transmitter.1", boot=2, raw_sockets=24)
-    assert reporting.workers.reason() == ""
+    for boot in (1, 2):
+        assert not reporting.report("transmitter.1", boot=boot, raw_sockets=24, by_kernel_late=0)
+        assert reporting.workers.reason() == ""
 
 
 def test_worker_that_has_ended_is_forgotten_but_the_last_that_could_read() -> None:
@@ -85,3 +76,19 @@ def test_worker_that_has_ended_is_forgotten_but_the_last_that_could_read() -> No
     reporting.now += 100
     assert not reporting.workers.expire()
     assert reporting.workers.reason() == ""
+
+
+def test_workers_that_report_steadily_have_neither_begun_nor_paused_of_late() -> None:
+    """A restart and a pause of any worker begin a new time."""
+    reporting = Reporting()
+    reporting.now = 10.0
+    reporting.report(mark_sockets=2)
+    reporting.now += 1
+    reporting.report(mark_sockets=2)
+    assert reporting.workers.reporting == (10.0, 11.0)
+    reporting.now += 1
+    reporting.report(boot=2, mark_sockets=2)
+    assert reporting.workers.reporting == (12.0, 12.0)
+    reporting.now += STEADY_SECONDS + 1
+    reporting.report(boot=2, mark_sockets=2)
+    assert reporting.workers.reporting == (reporting.now, reporting.now)
