@@ -16,6 +16,7 @@ from shared.bus.messages import Status
 from shared.bus.status import INTERVAL_SECONDS, Reports
 from shared.ledger.accounts import EGRESS, is_origin, parse_origin
 from shared.ledger.counters import (
+    ACKNOWLEDGED,
     BY_KERNEL,
     BYTES,
     COPIED,
@@ -194,11 +195,18 @@ def _past_tables(balance: Balance) -> Iterator[Table]:
         yield "Owed", OWED_COLUMNS, rows, {"datagrams"}
 
 
+SENDING_COLUMNS: Final = ("service", "stream", TAKEN, ACKNOWLEDGED, HELD, "dropped")
 SITE_COLUMNS: Final = ("site", "messages waiting", "seconds late")
 
 
 def _site_tables(balance: Balance) -> Iterator[Table]:
-    """Yield the table of other sites that are received, if there are any."""
+    """Yield the tables of streams that are sent to other sites, and of sites that are received, if there are any."""
+    sending: list[Row] = [
+        (service, name, *(account.get(counter, 0) for counter in (TAKEN, ACKNOWLEDGED, HELD)), _drops(account))
+        for service, name, account in _accounts(balance, "sending/")
+    ]
+    if sending:
+        yield "Sending", SENDING_COLUMNS, sending, {TAKEN, ACKNOWLEDGED, HELD}
     rows: list[Row] = []
     for accounts in balance.accounts.values():
         for name, account in sorted(accounts.items()):

@@ -47,7 +47,7 @@ def test_balanced_accounts(stack: Stack) -> None:
     assert collector[14:] == ["refused", "1,", "unserved", "2", "4"]
     assert expected == sum(outcomes) + 1 + 2  # a row adds up by what is printed
     assert "no_subscriber 3" in text
-    assert not [title for title in ("Journal", "Owed", "Kernel", "Egress") if title in text]
+    assert not [title for title in ("Journal", "Owed", "Sending", "Kernel", "Egress") if title in text]
 
 
 def test_the_journal_and_what_it_owes(stack: Stack) -> None:
@@ -80,6 +80,17 @@ def test_what_the_kernel_has_copied(stack: Stack) -> None:
     assert ["offload.1", "siem", "7"] in rows
     assert ["offload.1", "messages", "4", "3"] in rows
     assert ["offload.1", "eth0", "2", "1"] in rows
+
+
+def test_what_other_sites_are_sent(stack: Stack) -> None:
+    """Of each stream it tells what was taken, acknowledged, waits or was dropped, by cause: a row adds up."""
+    stack.start("broker")
+    sending = {"taken": 9, "acknowledged": 4, "held": 2, "dropped_server_slow": 2, "dropped_memory": 1}
+    uplink = {"uplink": {"connected": 1}, "sending/messages": sending}
+    code, text = play(stack, stack.operator("ledger"), ingest=WORKER, forwarder=FORWARDER, uplink=uplink)
+    assert (code, text.splitlines()[-1]) == (0, "balanced")
+    rows = [line.split() for line in text.splitlines()]
+    assert ["uplink.1", "messages", "9", "4", "2", "memory", "1,", "server_slow", "2"] in rows
 
 
 def test_discrepancies_within_and_between_services(stack: Stack) -> None:
