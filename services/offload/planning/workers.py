@@ -8,6 +8,7 @@ from shared.bus.messages import Envelope, Status
 from shared.bus.status import Report, Reports
 from shared.ledger.counters import BY_KERNEL_LATE, KERNEL_DROPPED, MARK_BLIND, MARK_SOCKETS, MARKS_READ, MARKS_UNREAD
 
+STREAM: Final = "stream/"
 SILENT_SECONDS: Final = 3.5
 """A process that has not reported for so long has ended, or is stopped."""
 STEADY_SECONDS: Final = 2.0
@@ -22,6 +23,8 @@ class Workers:
         self._reports = Reports()
         self._seen: dict[str, float] = {}
         self._boots: dict[str, int] = {}
+        self._read: dict[str, Counter[str]] = {}
+        """By worker: the marks that it has read of each stream, or datagrams that the kernel has dropped."""
         self.reporting = 0.0, 0.0
         """The time since which all workers that report do so steadily, and that of the last report."""
         self._blind: dict[str, bool] = {}
@@ -36,6 +39,7 @@ class Workers:
         report = self._reports.add(envelope, status)
         if report is None:
             return False
+        self._reports.latest.clear()  # the accounts of 10,000 collectors take 24 MB: once for each start of a sender
         kind = report.service.partition(".")[0]
         if kind == "ingest":
             self._note_worker(report, envelope.boot)
@@ -51,6 +55,10 @@ class Workers:
         now, (steady_since, _) = self._clock(), self.reporting
         begins = self._boots.get(report.service) != boot or now > self._seen.get(report.service, 0.0) + STEADY_SECONDS
         self.reporting, self._boots[report.service] = (now if begins else steady_since, now), boot
+        read = {name.removeprefix(STREAM): each for name, each in report.accounts.items() if name.startswith(STREAM)}
+        self._read[report.service] = Counter(
+            {stream: each.get(MARKS_READ, 0) + each.get(KERNEL_DROPPED, 0) for stream, each in read.items()}
+        )
         own = report.accounts.get("ingest", {})
         unread = own.get(MARKS_UNREAD, 0)
         grown = unread > self._unread.get(report.service, unread)
@@ -60,13 +68,7 @@ class Workers:
 
     def marks_read(self) -> Counter[str]:
         """Return, by stream, the datagrams of all workers that came with a mark, or that the kernel has dropped."""
-        found: Counter[str] = Counter()
-        for report in self._reports.latest.values():
-            for name, account in report.accounts.items():
-                kind, _, stream = name.partition("/")
-                if kind == "stream":
-                    found[stream] += account.get(MARKS_READ, 0) + account.get(KERNEL_DROPPED, 0)
-        return found
+        return sum(self._read.values(), Counter())
 
     def expire(self) -> bool:
         """Forget processes that have ended; return whether `reason` has changed."""

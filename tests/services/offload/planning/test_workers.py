@@ -1,6 +1,11 @@
+import tracemalloc
+
 from services.offload.planning.workers import SILENT_SECONDS, STEADY_SECONDS, Workers
 from shared.bus.messages import Status
+from shared.ledger.accounts import Accounts
 from tests.builders import make_envelope
+
+NO_ACCOUNTS: Accounts = {}
 
 
 class Reporting:
@@ -11,10 +16,10 @@ class Reporting:
         self.workers = Workers(lambda: self.now)
         self._number = 0
 
-    def report(self, name: str = "ingest.1", boot: int = 1, **counters: int) -> bool:
+    def report(self, name: str = "ingest.1", boot: int = 1, accounts: Accounts = NO_ACCOUNTS, **counters: int) -> bool:
         """Report; return whether the reason has changed."""
         self._number += 1
-        status = Status(name, 1, 0, self._number, 0, 1, {name.partition(".")[0]: counters})
+        status = Status(name, 1, 0, self._number, 0, 1, {**accounts, name.partition(".")[0]: counters})
         return self.workers.note(make_envelope(sender=name, boot=boot), status)
 
 
@@ -76,6 +81,32 @@ def test_worker_that_has_ended_is_forgotten_but_the_last_that_could_read() -> No
     reporting.now += 100
     assert not reporting.workers.expire()
     assert reporting.workers.reason() == ""
+
+
+def test_marks_read_are_those_of_each_worker_as_it_told_last() -> None:
+    """The sum over workers, by stream, with what the kernel has dropped; a restart begins anew."""
+    reporting = Reporting()
+    for name, boot, count in (("ingest.1", 1, 5), ("ingest.2", 1, 7), ("ingest.1", 2, 1)):
+        account = {"marks_read": count, "kernel_dropped": 1}
+        reporting.report(name, boot, accounts={"stream/syslog": account}, mark_sockets=2)
+    assert reporting.workers.marks_read() == {"syslog": 10}
+
+
+def test_accounts_of_processes_that_have_ended_take_no_memory() -> None:
+    """A sender that has been started often leaves nothing behind, however many collectors it has told of."""
+    reporting = Reporting()
+    reporting.report(mark_sockets=2)
+    accounts = {f"collector/{number}": {"sent": 1000 + number} for number in range(1000)}
+    tracemalloc.start()
+    try:
+        for boot in range(1, 10):
+            reporting.report("forwarder.1", boot, accounts=accounts, by_kernel_late=0)
+            if boot == 1:
+                before, _ = tracemalloc.get_traced_memory()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 1000 * 8
 
 
 def test_workers_that_report_steadily_have_neither_begun_nor_paused_of_late() -> None:
