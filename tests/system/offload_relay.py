@@ -115,6 +115,14 @@ class Relay:
             lambda: self.copied() > before, lambda: f"{self.stack['offload'].text[-2000:]} {self.ask(op='list')}"
         )
 
+    def explain(self) -> str:
+        """The facts that tell where a datagram was lost: the ledger, errors of both kernels, the log of offload."""
+        errors = [
+            {name: count for name, count in host.counters().items() if count and ("Err" in name or "Fail" in name)}
+            for host in (self.site.relay, self.site.siem)
+        ]
+        return f"{self.stack.run('ledger')[1]}\n{errors}\n{self.stack['offload'].text[-2000:]}"
+
     def account(self, came: int) -> dict[str, int]:
         """The collector's account once it has as many copies as have come."""
 

@@ -39,10 +39,6 @@ class Fault:
         self.silent_seconds = max(later - sooner for sooner, later in pairwise(times))
         self._stop = exporting.sent
 
-    def came_whole(self) -> bool:
-        """Return whether all have come that fit in a packet."""
-        return not self.lost(whole=True)
-
     def lost(self, *, whole: bool = False) -> list[int]:
         """The numbers that have not come of those sent meanwhile; with `whole` of those alone that fit in a packet."""
         return [
@@ -50,6 +46,15 @@ class Fault:
             for number in range(self._first, self._stop)
             if not self._came.came[number] and not (whole and number % 50 == 0)
         ]
+
+
+def wait_for_all(site: Relay, *, whole: bool = False, **faults: Fault) -> None:
+    """Wait until nothing is lost of what was sent during these faults; with `whole`, of what fits in a packet."""
+
+    def lost() -> dict[str, list[int]]:
+        return {name: numbers[:9] for name, fault in faults.items() if (numbers := fault.lost(whole=whole))}
+
+    wait_until(lambda: not lost(), lambda: f"nothing is lost, but {lost()}\n{site.explain()}")
 
 
 def kill(site: Relay, name: str) -> None:
@@ -93,10 +98,9 @@ def test_faults_neither_double_nor_stop_copies(open_stack: OpenStack) -> None:
         with site.site.relay.entered():
             site.stack.start("offload")
         site.wait_for_rules()
-        wait_until(lambda: not any(each.lost() for each in (flushed, planner, applier)), "these lose nothing")
+        wait_for_all(site, flushed=flushed, planner=planner, applier=applier)
         for name in ("gateway", "transmitter", "forwarder", "journal", "broker"):
-            fault = suffer(name, partial(kill, site, name))
-            wait_until(fault.came_whole, f"all that rules copy come in spite of {name}")
+            wait_for_all(site, whole=True, **{name: suffer(name, partial(kill, site, name))})
             site.wait_for_rules()
         suffer("ingest", lambda: kill(site, "ingest"))  # with what lay in its socket
         site.wait_for_rules()
