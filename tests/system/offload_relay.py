@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any, Final
 
 from shared.ledger.accounts import Accounts
+from shared.ledger.counters import BUS_FULL, MISSED
 from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
@@ -114,6 +115,15 @@ class Relay:
         wait_until(
             lambda: self.copied() > before, lambda: f"{self.stack['offload'].text[-2000:]} {self.ask(op='list')}"
         )
+
+    def lost_on_bus(self) -> int:
+        """Datagrams that the bus has lost, as both its ends count them.
+
+        Each is a message here, and a queue holds 256: a process that is kept from the CPU for over a second loses some.
+        """
+        missed = accounts_when(self._bus, self.sender, lambda told: "collector/siem" in told)["collector/siem"]
+        refused = accounts_when(self._bus, "ingest.1", lambda _: True)["stream/netflow"]
+        return missed.get(MISSED, 0) + refused.get(BUS_FULL, 0)
 
     def explain(self) -> str:
         """The facts that tell where a datagram was lost: the ledger, errors of both kernels, the log of offload."""
