@@ -10,6 +10,7 @@ from typing import Final
 import pytest
 
 from shared.ledger.counters import PERHAPS_TWICE
+from shared.owners import BRING_SECONDS
 from tests.builders import BusEnds, accounts_when
 from tests.services.uplink.nodes.cluster import Cluster, Exporter
 from tests.stack import ask_json, wait_until
@@ -90,6 +91,7 @@ def test_each_collector_is_served_by_one_node(cluster: Cluster) -> None:
 
 def test_a_node_that_leaves_hands_over(cluster: Cluster) -> None:
     """A node is ended in order: its collectors get each once. It gets them back without a gap."""
+    time.sleep(BRING_SECONDS)  # for so long nodes that began together bring what came before once more
     exporters = begin(cluster)
     began = time.monotonic()
     cluster.end("a", signal.SIGTERM)
