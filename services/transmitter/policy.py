@@ -12,7 +12,7 @@ from shared.datagrams.batch import FEW_ROWS, ROW, Indices
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.gso_runs import Mask
 from shared.datagrams.prefix_set import Prefixes, halves_of
-from shared.fanout.sending.distance import Distance
+from shared.fanout.sending.route_scope import RouteScope
 from shared.net.addresses import pack_address
 from shared.process.log_limit import LogLimit
 from shared.settings.tables import Transmitter
@@ -67,7 +67,7 @@ class Policy:
             return "ethertype", f"ethertype {ethertype:#06x} is not in [transmitter] ethertypes; add it there"
         return None
 
-    def refused_sources(self, batch: Gathered, distance: Distance) -> Mask | None:
+    def refused_sources(self, batch: Gathered, scope: RouteScope) -> Mask | None:
         """Return the rows that may not be copied to a collector, as bool, shape (n,); None: all may."""
         # A full check only where an address begins as those of the networks above do.
         if self._sources is None and len(batch) <= FEW_ROWS and batch.all_ipv4:
@@ -80,9 +80,9 @@ class Policy:
                 return None
         halves = halves_of(batch)
         refused = NOBODYS.match(halves)
-        if distance is not Distance.HOST:
+        if scope is not RouteScope.HOST:
             refused |= LOOPBACK.match(halves)
-        if distance is Distance.ROUTED:
+        if scope is RouteScope.ROUTED:
             refused |= LINK_LOCAL.match(halves)
         if self._sources is not None:
             refused |= ~self._sources.match(halves)
@@ -125,20 +125,20 @@ class Verdicts:
     def __init__(self, policy: Policy, batch: Gathered) -> None:
         self._policy = policy
         self._batch = batch
-        self._found: dict[tuple[int, int, Distance], Admitted] = {}
-        self._refused: dict[Distance, Mask | None] = {}
+        self._found: dict[tuple[int, int, RouteScope], Admitted] = {}
+        self._refused: dict[RouteScope, Mask | None] = {}
 
-    def admit(self, rows: Indices | None, version: int, distance: Distance) -> Admitted:
+    def admit(self, rows: Indices | None, version: int, scope: RouteScope) -> Admitted:
         """Return the rows of these that may be copied to a collector of an IP version."""
-        key = id(rows), version, distance
+        key = id(rows), version, scope
         if key not in self._found:
-            self._found[key] = self._admit(rows, version, distance)
+            self._found[key] = self._admit(rows, version, scope)
         return self._found[key]
 
-    def _admit(self, rows: Indices | None, version: int, distance: Distance) -> Admitted:
-        if distance not in self._refused:
-            self._refused[distance] = self._policy.refused_sources(self._batch, distance)
-        refused = self._refused[distance]
+    def _admit(self, rows: Indices | None, version: int, scope: RouteScope) -> Admitted:
+        if scope not in self._refused:
+            self._refused[scope] = self._policy.refused_sources(self._batch, scope)
+        refused = self._refused[scope]
         if refused is None and self._batch.all_ipv4 and version == 4:
             return Admitted(rows)
         wanted = np.arange(len(self._batch)) if rows is None else rows

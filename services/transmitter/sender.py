@@ -96,7 +96,7 @@ class Sender:
             account = destination.held.account_of(templates=batch.templates)
             if not wanted or not self._may_go(destination, egress, wanted, account):
                 continue
-            admitted = verdicts.admit(selection.indices, destination.version, egress.distance)
+            admitted = verdicts.admit(selection.indices, destination.version, egress.scope)
             rows = self._admit(destination, admitted, wanted, account)
             if rows is not None and not len(rows):
                 continue

@@ -11,7 +11,7 @@ from enum import IntEnum, auto
 from typing import Final
 from weakref import WeakValueDictionary
 
-from shared.fanout.sending.distance import Distance
+from shared.fanout.sending.route_scope import RouteScope
 from shared.ledger.counters import INTERFACE_DOWN, NO_ROUTE
 from shared.log import get_logger
 from shared.net.netlink import (
@@ -79,14 +79,14 @@ class Egress:
     link: Link | None = None
     hop: Hop | None = None
     mtu: int = 0
-    distance: Distance = Distance.ROUTED
+    scope: RouteScope = RouteScope.ROUTED
     takes_runs: bool = False
     """True for frames, unless the link's queue would lose some of a run in silence."""
 
     @property
     def local(self) -> bool:
         """Return whether it is on this host."""
-        return self.distance is Distance.HOST
+        return self.scope is RouteScope.HOST
 
 
 class NextHops:
@@ -185,12 +185,12 @@ class NextHops:
             return Egress(EgressKind.NONE, INTERFACE_DOWN)
         mtu = min(route.mtu or link.mtu, link.mtu)
         if route.kind == RTN_LOCAL:
-            return Egress(EgressKind.PACKETS, link=link, mtu=mtu, distance=Distance.HOST)
-        distance = Distance.LINK if route.next_hop == address else Distance.ROUTED
+            return Egress(EgressKind.PACKETS, link=link, mtu=mtu, scope=RouteScope.HOST)
+        scope = RouteScope.LINK if route.next_hop == address else RouteScope.ROUTED
         if not link.ethernet:
-            return Egress(EgressKind.PACKETS, link=link, mtu=mtu, distance=distance)
+            return Egress(EgressKind.PACKETS, link=link, mtu=mtu, scope=scope)
         hop, takes_runs = self._hop(link.index, route.next_hop), self._queues.take_runs_by(link.index, self.version)
-        return Egress(EgressKind.FRAMES, link=link, hop=hop, mtu=mtu, distance=distance, takes_runs=takes_runs)
+        return Egress(EgressKind.FRAMES, link=link, hop=hop, mtu=mtu, scope=scope, takes_runs=takes_runs)
 
     def _hop(self, link_index: int, address: str) -> Hop:
         hop = self._hops.get((link_index, address))
@@ -276,7 +276,7 @@ def _egress_unseen(address: str) -> Egress:
             mtu = probe.getsockopt(*MTU[family])
     except OSError:
         return Egress(EgressKind.NONE, NO_ROUTE)
-    return Egress(EgressKind.PACKETS, mtu=mtu, distance=Distance.HOST if ours else Distance.ROUTED)
+    return Egress(EgressKind.PACKETS, mtu=mtu, scope=RouteScope.HOST if ours else RouteScope.ROUTED)
 
 
 def _open_probe(family: socket.AddressFamily) -> socket.socket | None:

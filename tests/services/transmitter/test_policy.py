@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from services.transmitter.policy import AUDIT_SECONDS, Audit, Policy, Verdicts
 from shared.datagrams.gathered import Gathered
-from shared.fanout.sending.distance import Distance
+from shared.fanout.sending.route_scope import RouteScope
 from shared.settings.tables import Transmitter
 from tests.builders import make_batch
 
@@ -33,13 +33,13 @@ def admitted(
     sources: tuple[str, ...],
     version: int,
     *,
-    distance: Distance = Distance.ROUTED,
+    scope: RouteScope = RouteScope.ROUTED,
     rows: list[int] | None = None,
 ) -> tuple[list[int], int, int]:
     """Rows that may go to a collector, and how many may not: of another family, refused."""
     batch = gathered(*sources)
     chosen = None if rows is None else np.array(rows)
-    found = Verdicts(Policy(policy, Clock()), batch).admit(chosen, version, distance)
+    found = Verdicts(Policy(policy, Clock()), batch).admit(chosen, version, scope)
     indices = range(len(batch)) if found.rows is None else found.rows.tolist()
     return list(indices), found.other_family, found.refused
 
@@ -76,8 +76,8 @@ def test_an_address_of_the_other_family_is_not_claimed() -> None:
 @pytest.mark.parametrize("source", ["0.1.2.3", "224.0.0.1", "239.255.255.255", "240.0.0.1", "255.255.255.255"])
 def test_sources_that_are_nobodys_are_refused(source: str) -> None:
     """No copy claims to come from this network, a group, or a reserved address, on this host neither."""
-    for distance in Distance:
-        assert admitted(Transmitter(), (V4, source), 4, distance=distance) == ([0], 0, 1)
+    for scope in RouteScope:
+        assert admitted(Transmitter(), (V4, source), 4, scope=scope) == ([0], 0, 1)
 
 
 @pytest.mark.parametrize("source", ["::", "ff02::1"])
@@ -89,18 +89,18 @@ def test_sources_that_are_nobodys_are_refused_over_ipv6(source: str) -> None:
 def test_loopback_is_claimed_on_this_host_alone() -> None:
     """A source on loopback is true only for a collector on this host."""
     for version, sources in ((4, ("127.0.0.1", V4)), (6, ("::1", V6))):
-        assert admitted(Transmitter(), sources, version, distance=Distance.HOST) == ([0, 1], 0, 0)
-        for distance in (Distance.LINK, Distance.ROUTED):
-            assert admitted(Transmitter(), sources, version, distance=distance) == ([1], 0, 1)
+        assert admitted(Transmitter(), sources, version, scope=RouteScope.HOST) == ([0, 1], 0, 0)
+        for scope in (RouteScope.LINK, RouteScope.ROUTED):
+            assert admitted(Transmitter(), sources, version, scope=scope) == ([1], 0, 1)
 
 
 @pytest.mark.parametrize("source", ["169.254.0.1", "169.254.255.255", "fe80::1", "fe80:1::1", "febf:ffff::1"])
 def test_a_link_local_source_is_not_claimed_beyond_a_router(source: str) -> None:
     """Routers drop link-local sources: they are claimed towards collectors on a link of ours and on this host alone."""
     version, other = (6, V6) if ":" in source else (4, V4)
-    for distance in (Distance.HOST, Distance.LINK):
-        assert admitted(Transmitter(), (source, other), version, distance=distance) == ([0, 1], 0, 0)
-    assert admitted(Transmitter(), (source, other), version, distance=Distance.ROUTED) == ([1], 0, 1)
+    for scope in (RouteScope.HOST, RouteScope.LINK):
+        assert admitted(Transmitter(), (source, other), version, scope=scope) == ([0, 1], 0, 0)
+    assert admitted(Transmitter(), (source, other), version, scope=RouteScope.ROUTED) == ([1], 0, 1)
 
 
 @pytest.mark.parametrize("source", ["169.253.255.255", "169.255.0.1", "fe7f::1", "fec0::1", "::fe80:1", "fd00:fe80::1"])
@@ -119,11 +119,11 @@ def test_only_sources_of_the_settings_are_claimed() -> None:
 EACH = [V4, V6, "127.0.0.1", "::1", "224.0.0.1", "ff02::1", "169.254.1.1", "fe80::1"]
 
 
-@given(st.lists(st.sampled_from(EACH), min_size=1), st.sampled_from(Distance))
-def test_every_row_is_admitted_or_counted(sources: list[str], distance: Distance) -> None:
+@given(st.lists(st.sampled_from(EACH), min_size=1), st.sampled_from(RouteScope))
+def test_every_row_is_admitted_or_counted(sources: list[str], scope: RouteScope) -> None:
     """The rows that may go and those that may not add up to all rows, for either family."""
     for version in (4, 6):
-        rows, other_family, refused = admitted(Transmitter(), tuple(sources), version, distance=distance)
+        rows, other_family, refused = admitted(Transmitter(), tuple(sources), version, scope=scope)
         assert len(rows) + other_family + refused == len(sources)
         assert all((":" in sources[row]) == (version == 6) for row in rows)
 

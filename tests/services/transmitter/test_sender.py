@@ -21,7 +21,7 @@ from shared.datagrams.gathered import Gathered
 from shared.datagrams.mmsg import MMSGHDR
 from shared.datagrams.routing import ALL_ROWS, Router
 from shared.fanout.sending.backlog import BacklogMemory
-from shared.fanout.sending.distance import Distance
+from shared.fanout.sending.route_scope import RouteScope
 from shared.ledger.counters import EXPECTED, OFFERED
 from shared.ledger.equations import discrepancies
 from shared.settings.model import Settings
@@ -233,7 +233,7 @@ def test_link_local_sources_stay_on_their_link(
     arrived(near_collector, near, sources)
     arrived(far_collector, beyond, sources)
     site.relay.run("ip", "route", "replace", f"{beyond}/{bits}", "via", near, "dev", "up")
-    while site.destination.egress.distance is not Distance.ROUTED:
+    while site.destination.egress.scope is not RouteScope.ROUTED:
         site.turn()
     arrived(far_collector, beyond, sources[1:2])
     arrived(near_collector, near, sources)

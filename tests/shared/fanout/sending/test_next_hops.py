@@ -11,7 +11,6 @@ from weakref import ref
 import pytest
 
 import shared.fanout.sending.next_hops
-from shared.fanout.sending.distance import Distance
 from shared.fanout.sending.next_hops import (
     ASK_AGAIN_SECONDS,
     DISCARD_PORT,
@@ -19,6 +18,7 @@ from shared.fanout.sending.next_hops import (
     Hop,
     NextHops,
 )
+from shared.fanout.sending.route_scope import RouteScope
 from shared.ledger.counters import INTERFACE_DOWN, NO_ROUTE
 from shared.net.netlink import EventsLost
 from tests.capture import Capture, Datagram
@@ -109,14 +109,14 @@ def test_a_way_has_its_kind_link_next_hop_and_mtu(area: Area) -> None:
         assert egress.hop is not None
         assert (egress.kind, egress.link.name, egress.cause, egress.local) == (EgressKind.FRAMES, "up", "", False)
         assert (egress.hop.address, egress.mtu) == expected
-        assert egress.distance is (Distance.LINK if address == expected[0] else Distance.ROUTED)
+        assert egress.scope is (RouteScope.LINK if address == expected[0] else RouteScope.ROUTED)
     packets = {
         "10.5.0.2": (False, 1400),
         "10.2.0.1": (True, 65_536),
         "127.0.0.1": (True, 65_536),
         "::1": (True, 65_536),
     }
-    assert area.next_hops.egress_to("10.5.0.2").distance is Distance.LINK
+    assert area.next_hops.egress_to("10.5.0.2").scope is RouteScope.LINK
     for address, (local, mtu) in packets.items():
         egress = area.next_hops.egress_to(address)
         assert (egress.kind, egress.hop, egress.cause, egress.local, egress.mtu) == (
