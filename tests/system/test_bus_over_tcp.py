@@ -72,7 +72,8 @@ def test_whole_stack_delivers_over_tcp(stack: Stack, local: tuple[str, ...]) -> 
     reached = Settings(
         bus=Bus(directory=str(stack.bus), connect="tcp://127.0.0.1:5800", keys=f"{stack.directory}/keys")
     )
-    assert {"broker.1", "gateway.1", "ingest.1", "forwarder.1"} == {each.service for each in listen(reached)}
+    every = {"broker.1", "gateway.1", "ingest.1", "forwarder.1"}
+    wait_until(lambda: every == {each.service for each in listen(reached)}, "all of them report")
     assert "refused" not in broker.text
     assert not [running for running in stack.running if "Traceback" in running.text]
     kill_all(stack)

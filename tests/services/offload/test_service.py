@@ -103,7 +103,8 @@ class Played:
         return listener.read(1)[0].mark >> 20
 
     def is_refused(self) -> bool:
-        """Let the senders answer; return whether the kernel has refused a plan."""
+        """Let worker and senders tell of themselves; return whether the kernel has refused a plan."""
+        self.report()
         for sender in self.senders.values():
             sender.turn()
         return bool(self.offload.events("a plan of the kernel's rules was refused"))
@@ -349,7 +350,6 @@ def test_killed_planner_leaves_no_rules(open_stack: OpenStack) -> None:
         with site.relay.entered():
             around.offload = around.stack.start("offload")
         around.gateway.announce(2, original("first", 0, 6))
-        around.report()
         wait_until(around.is_refused, "the table is found to be another's")
         site.connection.close()
         assert around.wait_marked(listener, socks[0], {"first"}, 6) != before

@@ -15,7 +15,7 @@ from services.gateway.admission.peer import Peer
 from services.gateway.admission.upkeep import expel_loops
 from services.gateway.cluster import changes as module
 from services.gateway.cluster.bucket_log import LogError, OvertakenError, Write
-from services.gateway.cluster.changes import ClusterChanges
+from services.gateway.cluster.changes import AGAIN_SECONDS, ClusterChanges, _Asked
 from services.gateway.cluster.records import Record
 from services.gateway.cluster.replica import Replica
 from services.gateway.protocol.requests import RequestError
@@ -330,17 +330,21 @@ def test_a_change_of_ours_that_is_never_written_blocks_no_other(
 
     Others that were written together with it are made as soon as records can be written again.
     """
-    monkeypatch.setattr(module, "AGAIN_SECONDS", 0.02)
-    node, tried = Node(Log(), "a"), list[float]()
+    node, waited, tried = Node(Log(), "a"), list[float](), list[list[Write]]()
     client, peer, write = Client("mine", 0, "192.0.2.1", 9), Peer(5, "192.0.2.1", 9), node.write
 
     async def refuse(writes: Sequence[Write], expected: int) -> int:
         if any("mine" in each.key for each in writes):
-            tried.append(asyncio.get_running_loop().time())
+            tried.append([*writes])
             raise error
         return await write(writes, expected)
 
+    def append_in(seconds: float, asked: _Asked) -> None:
+        waited.append(seconds)
+        asyncio.get_running_loop().call_later(seconds / 100, node.changes._append, asked)
+
     monkeypatch.setattr(node, "write", refuse)
+    monkeypatch.setattr(node.changes, "_append_in", append_in)
 
     def is_over(condition: Callable[[], object]) -> bool:
         node.changes.available.set()
@@ -356,7 +360,8 @@ def test_a_change_of_ours_that_is_never_written_blocks_no_other(
     with capture_logs():
         run(node, work)
     assert sorted(node.words) == ["other-0", "other-1", "other-2"]
-    assert tried[4] - tried[3] > 2 * (tried[2] - tried[1])
+    assert all(len(writes) == len(tried[-1]) for writes in tried[1:]), "once it has failed it is written alone"
+    assert [seconds for seconds in waited if seconds][:4] == [AGAIN_SECONDS * 2**failures for failures in range(4)]
 
 
 def test_a_change_whose_record_can_not_be_made_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
