@@ -30,12 +30,14 @@ from shared.settings.entries import Stream
 Ledger = Mapping[str, Accounts]
 """Accounts by service."""
 COPY_SECONDS: Final = 2.0
+ATTEMPTS: Final = 2
 ROUND_SECONDS: Final = 1.0
 """Time for the datagram to come round again."""
 MAX_NEIGHBOURS: Final = 64
 """Prefixes that one `register` may have."""
 TTL_SECONDS: Final = 30.0
 """Our entry goes with our connection; this is for a gateway that does not notice its end."""
+NOT_SERVED: Final = "ingest published it, and no sender serves this collector"
 EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}
 
 
@@ -46,7 +48,9 @@ def probe(
     read_ledger: Callable[[], Ledger],
     neighbours: Sequence[str] = (),
 ) -> Finding:
-    """Send one datagram to the stream, wait for a copy with `source`, then for one that has gone round.
+    """Send a datagram to the stream, wait for a copy with `source`, then for one that has gone round.
+
+    Where no sender knew of the collector yet, another one is sent.
 
     `neighbours` are the addresses of the stream's other collectors: by the forwarder it would come back from there.
     """
@@ -59,8 +63,7 @@ def probe(
             "try another by --probe",
             subject,
         )
-    nonce, collector = secrets.token_hex(8), f"probe-{os.getpid()}"
-    payload = f"fanwire: a probe of stream {stream.name}, to be ignored by others; {nonce}".encode()
+    collector = f"probe-{os.getpid()}"
     try:
         with ExitStack() as closing:
             exporter = closing.enter_context(_bind(_claimed(target[0])))
@@ -71,9 +74,13 @@ def probe(
             entries = [_sign_up(registry, collector, stream, source, receiver, [own])]
             if others := [address for address in neighbours if address != own]:
                 entries.append(_sign_up(registry, f"{collector}-again", stream, source, late, others))
-            exporter.sendto(payload, target)
-            came_from = _await([receiver], payload, COPY_SECONDS)
-            lost = "" if came_from else where_lost(before, read_ledger(), stream.name, collector)
+            for _ in range(ATTEMPTS):
+                payload = _payload(stream.name)
+                exporter.sendto(payload, target)
+                came_from = _await([receiver], payload, COPY_SECONDS)
+                lost = "" if came_from else where_lost(before, read_ledger(), stream.name, collector)
+                if lost != NOT_SERVED:  # where senders are busy they hear of a collector late
+                    break
             again = came_from and _await([receiver, late], payload, ROUND_SECONDS)
             for entry in entries:
                 with suppress(OperatorError):  # else the entry goes with the connection
@@ -96,6 +103,11 @@ def probe(
         return error(name, why, "look for NAT on loopback: `nft list ruleset`", subject)
     why = f"sent from {own} to {target[0]} port {target[1]}, its copy came from {came_from[0]}"
     return ok(name, why, subject)
+
+
+def _payload(stream: str) -> bytes:
+    """Return a text that nobody else sends, and that was not sent before."""
+    return f"fanwire: a probe of stream {stream}, to be ignored by others; {secrets.token_hex(8)}".encode()
 
 
 def _target(stream: Stream) -> tuple[str, int] | None:
@@ -172,7 +184,7 @@ def where_lost(before: Ledger, after: Ledger, stream: str, collector: str) -> st
         return "ingest did not receive it: does it run, and listen there? a firewall on lo?"
     if published <= 0:
         return "ingest received it, and no service had subscribed to the stream"
-    return "ingest published it, and no sender serves this collector"
+    return NOT_SERVED
 
 
 def _grown(before: Ledger, after: Ledger, stream: str, counter: str) -> int:

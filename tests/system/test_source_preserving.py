@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -114,12 +114,18 @@ def number_of(payload: bytes) -> int:
 
 
 class Flood(threading.Thread):
-    """Exporters sending numbered datagrams in turns, at about a rate, until told to stop."""
+    """Exporters sending numbered datagrams in turns, at about a rate, until told to stop.
 
-    def __init__(self, exporters: Exporters, per_second: float) -> None:
+    None is sent while `may_send` says no of the number sent before.
+    """
+
+    def __init__(
+        self, exporters: Exporters, per_second: float, may_send: Callable[[int], bool] = lambda _: True
+    ) -> None:
         super().__init__(daemon=True)
         self._exporters = exporters
         self._pause = 1 / per_second
+        self._may_send = may_send
         self._stopping = threading.Event()
         self.sent = 0
 
@@ -127,7 +133,7 @@ class Flood(threading.Thread):
         """Send, catching up where this thread did not get its turn in time."""
         began = time.monotonic()
         while not self._stopping.is_set():
-            while self.sent * self._pause < time.monotonic() - began:
+            while self.sent * self._pause < time.monotonic() - began and self._may_send(self.sent):
                 self._exporters.send(EXPORTERS[self.sent % len(EXPORTERS)], self.sent.to_bytes(4) + bytes(96))
                 self.sent += 1
             time.sleep(0.001)

@@ -1,3 +1,9 @@
+import socket
+import threading
+from contextlib import closing
+from types import SimpleNamespace
+from typing import Any, Self, cast
+
 import pytest
 
 from shared.ledger.accounts import Accounts
@@ -52,3 +58,51 @@ def test_nothing_is_sent_to_what_is_not_here(lab: None, listen: str, level: str,
     found = probe(nobody, Stream(name="s", listen=(listen,)), "relay", dict)
     assert (found.level, found.subject) == (level, "s")
     assert why in found.why
+
+
+class LateSender:
+    """A registry, and a sender that hears of the collector when one datagram has passed."""
+
+    local = ("127.0.0.1", 0)
+
+    def __init__(self) -> None:
+        self.came: list[bytes] = []
+        self._port = 0
+        self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._sock.settimeout(60)
+        self._sock.bind(("127.0.0.1", 0))
+        self.port = self._sock.getsockname()[1]
+        self._copying = threading.Thread(target=self._copy)
+
+    def __enter__(self) -> Self:
+        self._copying.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._copying.join()
+
+    def _copy(self) -> None:
+        """Take two datagrams, and copy the second one."""
+        with closing(self._sock):
+            self.came = [self._sock.recv(1000) for _ in range(2)]
+            self._sock.sendto(self.came[1], ("127.0.0.1", self._port))
+
+    def ask(self, _op: str, **fields: Any) -> object:
+        """Sign the collector up, or off."""
+        self._port = fields.get("port", self._port)
+        return SimpleNamespace(entry=lambda: SimpleNamespace(name="probe", generation=1))
+
+
+def test_a_collector_that_no_sender_knew_yet_is_probed_again(lab: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ingest has published it and nobody serves the collector, another datagram goes once; its copy counts."""
+    monkeypatch.setattr("shared.monitoring.probe.COPY_SECONDS", 1.0)
+    monkeypatch.setattr("shared.monitoring.probe.ROUND_SECONDS", 0.05)
+    late, ledgers = LateSender(), [after(), BEFORE]
+    found = probe(
+        lambda: cast(RegistryClient, late),
+        Stream(name="s", listen=(f"udp://127.0.0.1:{late.port}",)),
+        "relay",
+        ledgers.pop,
+    )
+    assert found.level == "ok", found
+    assert late.came[0] != late.came[1], "the first one, late, is not taken for the second"
