@@ -279,8 +279,8 @@ def test_copies_end_with_the_lease(open_stack: OpenStack, source: str) -> None:
     ):
         with relay.entered():
             open_stack.start("transmitter")
-        register(relay, "10.2.0.2", 9601, "dead", source=source, ttl=2)
-        generation = register(relay, "10.2.0.2", 9602, "alive", source=source, ttl=2)["generation"]
+        register(relay, "10.2.0.2", 9601, "dead", source=source, ttl=60)
+        generation = register(relay, "10.2.0.2", 9602, "alive", source=source, ttl=60)["generation"]
 
         def copied_to_the_dead() -> int:
             with relay.entered():
@@ -291,6 +291,16 @@ def test_copies_end_with_the_lease(open_stack: OpenStack, source: str) -> None:
             return len(list(dead.take()))
 
         assert copied_to_the_dead()
+        last = {
+            "streams": ["messages"],
+            "address": "10.2.0.2",
+            "port": 9601,
+            "source": source,
+            "ttl": 2,
+            "take_over": True,
+        }
+        with relay.entered():
+            assert ask_json({"op": "register", "name": "dead"} | last)["ok"]
         wait_until(lambda: not copied_to_the_dead(), "copies to the dead collector end")
         assert not any(copied_to_the_dead() for _ in range(10))
         with relay.entered():

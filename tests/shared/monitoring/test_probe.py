@@ -94,7 +94,7 @@ class LateSender:
 
 
 def test_a_collector_that_no_sender_knew_yet_is_probed_again(lab: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where ingest has published it and nobody serves the collector, another datagram goes once; its copy counts."""
+    """Another datagram goes once where ingest has published it and nobody serves the collector; its copy counts."""
     monkeypatch.setattr("shared.monitoring.probe.COPY_SECONDS", 1.0)
     monkeypatch.setattr("shared.monitoring.probe.ROUND_SECONDS", 0.05)
     late, ledgers = LateSender(), [after(), BEFORE]
