@@ -158,6 +158,9 @@ class Owners:
 
         One that it takes over has to resume where its last node has got to.
         """
+        self.settled = True
+        if not self.nodes:
+            return {**clients}, {}
         owners = {name: self.owner(client) for name, client in clients.items()}
         self._note_unserved({(name, client.generation): owners[name] for name, client in clients.items()})
         before, self._owners = self._owners, {}
@@ -172,7 +175,6 @@ class Owners:
             nobody = LEFT_OFF if (name, client.generation) in before else ""
             self._owners[name, client.generation] = owners[name] or (last if last != self.own else nobody)
         self._left_at = {key: at for key, at in self._left_at.items() if key in self._owners}
-        self.settled = True
         own = {name: self._resumed(client) for name, client in clients.items() if owners[name] == self.own}
         return own, {name: client for name, client in clients.items() if name not in own}
 

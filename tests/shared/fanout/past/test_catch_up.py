@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from services.forwarder.destination import Destination
@@ -29,6 +30,7 @@ from shared.fanout.past.window import SECONDS, Numbered
 from shared.fanout.sending.backlog import Backlog
 from shared.fanout.templates import TemplateDelivery
 from shared.journal.records import Identity
+from shared.ledger.counters import PERHAPS_TWICE
 from shared.process import memory
 from shared.process.memory import Memory
 from shared.settings.entries import Stream
@@ -202,6 +204,26 @@ def test_the_past_is_shared_as_it_was_live(sender: Sender) -> None:
         assert sorted(copies + others) == [b"a%06d" % number for number in range(3 * 64)]
         assert {*others} < {b"a%06d" % number for number in range(64, 128)}
         assert sender.account("one")["shared_out"] == len(others) > 0
+
+
+def test_the_past_that_is_asked_for_comes_however_often_the_registry_has_changed(sender: Sender) -> None:
+    """A collector signs up anew, with `since`, at a host that is no node: nobody else can have sent it anything."""
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        sock.setblocking(False)
+        siem, past = (
+            make_client("siem", sock.getsockname()[1], streams=(A,)),
+            [b"a%06d" % number for number in range(3)],
+        )
+        for _ in range(4):
+            sender.serve(siem)
+        sender.publish(A, 3)
+        sender.service._send_all()
+        assert read_all(sock) == past
+        sender.serve(msgspec.structs.replace(siem, generation=2, resume=Resume(1)))
+        until(sender, lambda: not sender.pursued)
+        assert read_all(sock) == past
+        assert sender.account("siem")[PERHAPS_TWICE] == 0
 
 
 def test_one_that_is_level_is_told_of_though_the_registry_changes_first(
