@@ -97,8 +97,8 @@ class Owners:
         """Likewise the time at which this node has left off serving a collector, or others have begun to since."""
         self._views: dict[str, tuple[float, tuple[str, ...]]] = {}
         """By node: the nodes that served without this one, as that one told last, and the time."""
-        self._resumes: dict[str, tuple[float, Resume]] = {}
-        """Collectors that were taken over, until when they resume, and where."""
+        self._resumes: dict[tuple[str, int], tuple[float, Resume]] = {}
+        """Likewise of collectors that were taken over: until when they resume, and where."""
 
     @classmethod
     def of(cls, uplink: Uplink) -> Self:
@@ -129,9 +129,9 @@ class Owners:
         if not self.nodes:
             return False
         now = self._clock()
-        over = [name for name, (until, _) in self._resumes.items() if until <= now]
-        for name in over:
-            del self._resumes[name]
+        over = [key for key, (until, _) in self._resumes.items() if until <= now]
+        for key in over:
+            del self._resumes[key]
         if now < self._heard_at + SILENT_SECONDS:
             return bool(over)
         self.majority = False
@@ -165,15 +165,16 @@ class Owners:
         self._note_unserved({(name, client.generation): owners[name] for name, client in clients.items()})
         before, self._owners = self._owners, {}
         for name, client in clients.items():
-            last = before.get((name, client.generation), self.own)
+            key = name, client.generation
+            last = before.get(key, self.own)
             if owners[name] != self.own:
-                self._resumes.pop(name, None)
-                if before.get((name, client.generation)) in (self.own, LEFT_OFF):
-                    self._left_at[name, client.generation] = self._clock()
+                self._resumes.pop(key, None)
+                if before.get(key) in (self.own, LEFT_OFF):
+                    self._left_at[key] = self._clock()
             elif last != self.own:
-                self._resumes[name] = self._clock() + RESUME_SECONDS, self._take_over(client, last, source)
-            nobody = LEFT_OFF if (name, client.generation) in before else ""
-            self._owners[name, client.generation] = owners[name] or (last if last != self.own else nobody)
+                self._resumes[key] = self._clock() + RESUME_SECONDS, self._take_over(client, last, source)
+            nobody = LEFT_OFF if key in before else ""
+            self._owners[key] = owners[name] or (last if last != self.own else nobody)
         self._left_at = {key: at for key, at in self._left_at.items() if key in self._owners}
         own = {name: self._resumed(client) for name, client in clients.items() if owners[name] == self.own}
         return own, {name: client for name, client in clients.items() if name not in own}
@@ -218,7 +219,7 @@ class Owners:
         return [told.get(name, Node(name, "silent")) for name in {first, *views} - {self.own, ""}]
 
     def _resumed(self, client: Client) -> Client:
-        _, resume = self._resumes.get(client.name, (0.0, client.resume))
+        _, resume = self._resumes.get((client.name, client.generation), (0.0, client.resume))
         return client if resume is client.resume else msgspec.structs.replace(client, resume=resume)
 
 

@@ -140,6 +140,18 @@ def test_a_collector_that_has_just_come_resumes_nothing() -> None:
     assert all(client.resume is None for client in found.split(anew, "relay")[0].values())
 
 
+@pytest.mark.parametrize("asked", [None, Resume(5)])
+def test_a_collector_that_signs_up_anew_after_it_was_taken_over_gets_what_it_asks_for(asked: Resume | None) -> None:
+    """The place of its last node does not matter any more: all behind it would come again, and nothing before it."""
+    found, _ = owners()
+    for b in "live", "silent":
+        found.note(told(b=b, c="live"))
+        own, _others = found.split(clients(), "relay")
+    assert any(client.resume for client in own.values())
+    anew = {name: msgspec.structs.replace(client, generation=2, resume=asked) for name, client in clients().items()}
+    assert {client.resume for client in found.split(anew, "relay")[0].values()} == {asked}
+
+
 def test_nodes_that_serve() -> None:
     """Those that live serve while most are heard; else those as before, at a start all; or none."""
     silent = told(majority=False, b="silent", c="silent")
