@@ -196,8 +196,9 @@ class Owners:
         known = before if before != LEFT_OFF else ""
         since, _ = self._unserved.get(key, (now, now))
         if key in self._unserved or not (known or others):  # as far as is known, nobody has served it since
-            since_ns = now_ns - int((now - since) * 1e9)
-            return Resume(since_ns, client.generation, twice_until_ns=now_ns)
+            owed = client.resume if key in self._unserved else None  # it was owed the past before, of some streams
+            resume = owed or Resume(now_ns - int((now - since) * 1e9), client.generation)
+            return msgspec.structs.replace(resume, streams=(), twice_until_ns=now_ns)
         nodes = self._predecessors(client, known, others)
         told = [node.places[source] for node in nodes if source in node.places]
         if len(told) < len(nodes):  # one may have sent some of what is kept here, or none: all of it is sent

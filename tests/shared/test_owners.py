@@ -229,6 +229,22 @@ def test_what_nobody_served_is_owed_by_whoever_serves_it_soon() -> None:
         assert None not in resumes
 
 
+def test_the_past_that_a_collector_was_owed_is_owed_still_once_somebody_serves() -> None:
+    """All nodes are started again while a collector catches up: the registry knows from where on, and that is before.
+
+    What came of its other streams until then is owed, too.
+    """
+    found, _ = owners()
+    behind = make_client("siem", streams=("messages", "other"), resume=Resume(5, 1, (PLACES[0],), ("messages",)))
+    for state in "joining", "live":
+        found.note(told(a=state, b="joining", c="joining"))
+        served, _others = found.split({"siem": behind}, "relay")
+    resume = served["siem"].resume
+    assert resume is not None
+    assert resume == Resume(5, 1, (PLACES[0],), twice_until_ns=resume.twice_until_ns)
+    assert resume.twice_until_ns > 0
+
+
 def test_a_collector_of_a_node_that_has_told_no_place_begins_with_all_that_is_kept() -> None:
     """A node that is not heard, or runs no sender, tells no place: what it may not have sent is sent, and counted."""
     found, _ = owners()
