@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Final
 
+import msgspec
+
 from shared.bus.bodies.journal_messages import MAX_BEHIND, Behind, CatchUpReport, catch_up_topic
 from shared.bus.continuity import Position
 from shared.bus.zmq_sockets import Publisher
@@ -40,7 +42,9 @@ class Progress:
     def resume(self, name: str, resume: Resume) -> Resume:
         """Return where a name goes on: where it was seen to leave, if under the generation that the registry means."""
         generation, since_ns, places = self._left.get(name, (0, 0, ()))
-        return Resume(since_ns, generation, places) if generation and generation == resume.generation else resume
+        if generation and generation == resume.generation:
+            return msgspec.structs.replace(resume, since_ns=since_ns, places=places)
+        return resume
 
     def _report_left(self, name: str) -> Behind:
         generation, since_ns, places = self._left[name]
