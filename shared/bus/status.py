@@ -138,6 +138,7 @@ class Reports:
         pieces = assembler.add(status.report, status)
         if pieces is None:
             return None
+        del self._assemblers[key]  # each start of a service has one
         accounts = {name: account for piece in pieces for name, account in piece.accounts.items()}
         began_at = assembler.began_at
         told = status.service, key[1], status.pid, status.started_ns, status.report

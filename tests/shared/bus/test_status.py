@@ -55,12 +55,16 @@ def test_rest_of_one_report_does_not_complete_another() -> None:
 
 
 def test_restarted_service_is_another_one() -> None:
-    """Reports are kept by name and boot id: a restart does not take its predecessor's last accounts away."""
+    """Reports are kept by name and boot id: a restart does not take its predecessor's last accounts away.
+
+    Nothing else is kept of it.
+    """
     reports = Reports()
     for boot in (1, 2):
         _, status = piece(0, 1)
         reports.add(make_envelope(boot=boot, kind="status"), status)
     assert set(reports.latest) == {("ingest.1", 1), ("ingest.1", 2)}
+    assert not reports._assemblers
 
 
 def test_many_accounts_are_reported_in_pieces_under_the_limit(stack: Stack) -> None:
