@@ -66,10 +66,6 @@ class RegistryReplica:
     def _note(self, changed: bool) -> None:
         self.version += changed and self._owners.known and self._boot >= 0
 
-    def collectors(self, source: Source) -> dict[str, Client]:
-        """Return the collectors that take copies of a source, by name, but for those that other nodes serve."""
-        return self.split(source)[0]
-
     def split(self, source: Source) -> tuple[dict[str, Client], dict[str, Client]]:
         """Return the collectors of a source that this node serves, and those of other nodes, by name."""
         found = {name: each for name, each in self.clients.items() if each.streams and each.source == source}
