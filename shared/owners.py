@@ -29,9 +29,9 @@ TOGETHER_SECONDS: Final = 20.0
 BRING_SECONDS: Final = 3.0
 """Time that it may take then to bring collectors what came before."""
 VIEW_SECONDS: Final = 5.0
-"""Time for which it counts that a node has told whom it served without this one: that has joined meanwhile."""
+"""Time for which it counts whom a node served without this one, as it told last before this one joined."""
 LEFT_SECONDS: Final = 60.0
-"""Time for which it counts where this node has left off, once others serve: it joins within it, if at all."""
+"""Time for which it counts where this node has left off, once others serve: one that comes back joins within it."""
 LATE_NS: Final = 10_000_000_000
 """Time by which a node may have had datagrams late, as far as it tells no place of the worker that they are of."""
 
@@ -83,7 +83,7 @@ class Owners:
         self._told: dict[str, Node] = {}
         """The nodes as they were before others came to serve: a live one that tells of more may have left off then.
 
-        One that serves nobody tells of what its senders have had, and have not sent.
+        Those that serve nobody are left out: they tell of what their senders have had, and have not sent.
         """
         self._heard: set[str] = set()
         """The nodes that live."""
@@ -92,7 +92,7 @@ class Owners:
         self._owners: dict[tuple[str, int], str] = {}
         """By name and generation: the owner of a collector as it was known last, or LEFT_OFF; empty: nobody yet."""
         self._unserved: dict[tuple[str, int], tuple[float, float]] = {}
-        """Likewise the time at which a collector was heard of that nobody served, and until when that is of account."""
+        """Likewise the time at which a collector was heard of that nobody served, and until when that counts."""
         self._left_at: dict[tuple[str, int], float] = {}
         """Likewise the time at which this node has left off serving a collector, or others have begun to since."""
         self._views: dict[str, tuple[float, tuple[str, ...]]] = {}

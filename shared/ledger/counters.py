@@ -215,7 +215,7 @@ MESSAGES_REFUSED: Final = "messages_refused"
 MESSAGES_UNREADABLE: Final = "messages_unreadable"
 """Messages from other sites that were none of fanwire's, or said another origin than their subject."""
 NOT_AWAITED: Final = "messages_not_awaited"
-"""Messages of other nodes that were still to come when this one began to serve, as no more of them came."""
+"""Messages of other nodes that were still to come when this one began to serve, as they did not become fewer."""
 
 # dropped on purpose, by cause
 DROPPED: Final = "dropped_"

@@ -38,7 +38,8 @@ MOST_PENDING: Final = 64
 PATIENCE_SECONDS: Final = 15.0
 """Time after which a node serves that does not learn what is still to come, or senders elsewhere do not come along.
 
-So it does where no more has come for so long: JetStream needs up to ten seconds for the leader of a stream.
+So it does where messages to come have not become fewer for so long: JetStream needs up to ten seconds for the leader of
+a stream.
 """
 YIELD_SECONDS: Final = 0.25
 """Time for the others to leave off serving what is this node's from now on: what both send comes twice."""
@@ -139,7 +140,7 @@ class Node:
         return level or now >= self._connected_at + PATIENCE_SECONDS
 
     def _still_come(self, pending: Mapping[str, int], now: float) -> bool:
-        """Return whether there are many messages of a node still to come, and some have come lately."""
+        """Return whether there are many messages of a node still to come, and they have become fewer lately."""
         for node, messages in pending.items():
             if messages < self._fewest.get(node, (inf, now))[0]:
                 self._fewest[node] = messages, now
@@ -152,7 +153,7 @@ class Node:
         left = {node: messages for node, messages in self._pending().items() if messages > MOST_PENDING}
         if left:
             self._account[NOT_AWAITED] += sum(left.values())
-            told = "no more comes of what other nodes have sent: this node serves without it"
+            told = "messages of other nodes do not become fewer: this node serves without them"
             log.warning(told, messages=left, cure="look at the NATS servers: a stream may have no leader")
 
     async def run(self, session: Session) -> None:

@@ -176,7 +176,7 @@ def test_a_node_waits_for_messages_of_others_as_long_as_they_come(parted: World)
     with capture_logs() as logs:
         assert parted.pass_time(2 * LOOK_SECONDS, "b", "c", missed=60) == "live"
     told = [(each["event"], each["messages"]) for each in logs if each["log_level"] == "warning"]
-    assert told == [("no more comes of what other nodes have sent: this node serves without it", {"b": 900})]
+    assert told == [("messages of other nodes do not become fewer: this node serves without them", {"b": 900})]
     assert parted.account[NOT_AWAITED] == 900
 
 
