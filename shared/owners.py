@@ -206,7 +206,10 @@ class Owners:
             return Resume(max(0, now_ns - LATE_NS), client.generation * left_lately, twice_until_ns=now_ns)
         wanted = tuple([place for place in _least(told) if client.wants(place.stream)][-MAX_PLACES:])
         since_ns = max(0, min(node.since_ns for node in nodes) - LATE_NS)
-        return Resume(since_ns, places=wanted, twice_until_ns=max(node.since_ns for node in nodes))
+        # One that lives has sent more since it told that; so may this node have, where nobody is known to follow it.
+        serves_on = not known or any(node.name in self._heard for node in nodes)
+        until_ns = max(now_ns * serves_on, *(node.since_ns for node in nodes))
+        return Resume(since_ns, places=wanted, twice_until_ns=until_ns)
 
     def _predecessors(self, client: Client, known: str, others: Sequence[str]) -> list[Node]:
         """Return the nodes that may have served a collector: the one that is `known`, and those of which others tell.

@@ -176,7 +176,10 @@ def test_a_node_without_majority_serves_its_own_as_before() -> None:
 
 
 def test_a_node_without_majority_can_hold() -> None:
-    """With `hold` a node whose uplink says nothing serves none; healed, it goes on where the others have got to."""
+    """With `hold` a node whose uplink says nothing serves none; healed, it goes on where the others have got to.
+
+    It may have sent more itself, since they told that and before it held.
+    """
     found, clock = owners("hold")
     found.note(told(b="live", c="live"))
     own, _ = found.split(clients(), "relay")
@@ -186,7 +189,9 @@ def test_a_node_without_majority_can_hold() -> None:
     found.note(told(b="live", c="live"))
     healed, _ = found.split(clients(), "relay")
     assert healed.keys() == own.keys()
-    assert {client.resume for client in healed.values()} == {Resume(0, places=(PLACES[0],), twice_until_ns=33)}
+    resumes = [client.resume for client in healed.values()]
+    assert {(each.places, each.twice_until_ns > 33) for each in resumes if each} == {((PLACES[0],), True)}
+    assert None not in resumes
 
 
 def test_a_node_that_holds_until_it_has_the_majority_takes_over_where_the_dead_node_was() -> None:
@@ -300,14 +305,17 @@ def test_a_collector_goes_on_where_the_node_was_that_others_know_to_have_served_
 
 
 def test_a_collector_that_two_nodes_have_served_goes_on_where_either_was() -> None:
-    """Two nodes that did not hear each other have both served a collector, each what it got: none of it is missed."""
+    """Two nodes that did not hear each other have both served a collector, each what it got: none of it is missed.
+
+    Both live, and have sent more since they told that.
+    """
     found, _ = owners()
     b, c = node_with("b", 900, "b"), node_with("c", 700, "c")
     found.note(heard_by_a("joining", b, c))
     found.split(clients(), "relay")
     found.note(heard_by_a("live", b, c))
     resumes = [client.resume for client in found.split(clients(), "relay")[0].values()]
-    assert {(each.places[0].total, each.twice_until_ns) for each in resumes if each} == {(700, 900)}
+    assert {(each.places[0].total, each.twice_until_ns > 900) for each in resumes if each} == {(700, True)}
     assert None not in resumes
 
 
