@@ -222,12 +222,24 @@ def _connect(access: Access) -> socket.socket:
 def _connect_by_tcp(endpoint: Endpoint) -> socket.socket:
     """Connect to the first of the host's addresses that takes it; a resolver is waited for no longer than they are."""
     failed = OSError()
-    for _, at in resolve(endpoint.host, endpoint.port, socket.SOCK_STREAM, CONNECT_SECONDS):
+    for family, at in resolve(endpoint.host, endpoint.port, socket.SOCK_STREAM, CONNECT_SECONDS):
         try:
-            return socket.create_connection(at[:2], CONNECT_SECONDS)
+            return _connect_to(family, at)
         except OSError as error:
             failed = error
     raise failed
+
+
+def _connect_to(family: socket.AddressFamily, at: SocketAddress) -> socket.socket:
+    """Connect to an address; of a link-local one it names the interface, which create_connection() does not."""
+    connection = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(CONNECT_SECONDS)
+        connection.connect(at)
+    except OSError:
+        connection.close()
+        raise
+    return connection
 
 
 def _decode(line: bytes | msgspec.Raw, kind: type[T]) -> T:

@@ -9,6 +9,7 @@ import pytest
 from shared.net.addresses import parse_endpoint
 from shared.process import registry_client
 from shared.process.registry_client import Access, RegistryClient, UnreachableError
+from tests.network import End, Host, veth
 
 
 def test_gateway_that_accepts_nobody_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +39,17 @@ def test_a_resolver_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatc
         ):
             RegistryClient(Access(endpoint), 1)
     let_go.set()
+
+
+def test_a_gateway_at_a_link_local_address(lab: None) -> None:
+    """The interface behind `%` says by which link it is reached."""
+    with Host() as here, Host() as there, veth(End(here, "up"), End(there, "eth", "fe80::5/64")):
+        listener = there.socket(socket.AF_INET6, socket.SOCK_STREAM)
+        with closing(listener), here.entered():
+            listener.bind(("::", 0))
+            listener.listen()
+            endpoint = parse_endpoint(f"tcp://[fe80::5%up]:{listener.getsockname()[1]}", ("tcp",))
+            RegistryClient(Access(endpoint), 1).close()
 
 
 def test_each_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
