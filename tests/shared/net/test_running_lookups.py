@@ -21,11 +21,14 @@ class Resolver:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.let_go = Event()
+        self.error: OSError | None = None
 
     def __call__(self, host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
-        """Wait, then answer."""
+        """Wait, then answer, or fail."""
         self.asked.append(host)
         self.let_go.wait()
+        if self.error:
+            raise self.error
         four, six = (socket.AF_INET, ("192.0.2.1", port)), (socket.AF_INET6, ("2001:db8::1", port, 0, 0))
         return [(family, socket.SOCK_DGRAM, 17, "", at) for family, at in (four, six)]
 
@@ -44,6 +47,7 @@ def begun_long_ago() -> None:
     """Let the time be over for all names that are being looked up."""
     for each in running_lookups._running.values():
         each.began_at -= LONG
+        each.ended_at -= LONG
 
 
 def test_names_are_looked_up_side_by_side(resolver: Resolver) -> None:
@@ -83,6 +87,26 @@ def test_an_answer_is_used_once(resolver: Resolver) -> None:
     begun_long_ago()
     assert resolve("one.example", 9, socket.SOCK_DGRAM) == expected
     assert len(resolver.asked) == 4
+
+
+def test_a_resolver_that_has_given_up_is_not_waited_for_again_soon(
+    resolver: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure that took long is that of each who asks within seconds; one that came at once is asked for anew."""
+    monkeypatch.setattr(running_lookups, "SLOW_SECONDS", LONG)
+    resolver.error = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    begin_lookups(["slow.example"])
+    wait_until(lambda: resolver.asked, "it is asked for")
+    begun_long_ago()
+    resolver.let_go.set()
+    for host in ("slow.example", "slow.example", "quick.example", "quick.example"):
+        with pytest.raises(socket.gaierror, match="Temporary failure"):
+            resolve(host, 9, socket.SOCK_DGRAM, 2 * LONG)
+    assert resolver.asked == ["slow.example", "quick.example", "quick.example"]
+    begun_long_ago()
+    with pytest.raises(socket.gaierror, match="Temporary failure"):
+        resolve("slow.example", 9, socket.SOCK_DGRAM, LONG)
+    assert resolver.asked[3:] == ["slow.example"]
 
 
 def test_a_process_that_may_have_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
