@@ -11,7 +11,7 @@ from typing import Final
 UNREAD: Final = 16
 """Marks in a row of which none has come: fewer may be datagrams that the host's firewall drops, or wrong checksums."""
 UNREAD_SECONDS: Final = 3.0
-"""Time between them and a report without any of them: workers report each second, and later on a busy host."""
+"""Time between them and reports of all workers without any of them: these come each second, later on a busy host."""
 AGAIN_SECONDS: Final = 600.0
 """Time after which the rules are tried again."""
 
@@ -31,20 +31,23 @@ class MarkWatch:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._streams: dict[str, _Stream] = {}
-        self._until = 0.0
+        self._until = self._steady_since = 0.0
         self.reason = ""
 
     def note(self, marked: Mapping[str, int], read: Mapping[str, int], reporting: tuple[float, float]) -> bool:
-        """Note what the rules have marked, and what workers had read of it, or dropped, as of their last report.
+        """Note what the rules have marked, and what workers had read of it, or dropped, as of their last reports.
 
-        Both are counts since any time in the past. `reporting`: the time since which workers report steadily, and that
-        of the last report. What was marked while they did not says nothing: one may be restarted, or kept from the CPU.
-        Return whether `reason` has changed.
+        Both are counts since any time in the past. `reporting`: the time since which all workers report steadily, and
+        the time up to which each has reported. What was marked while one did not says nothing: it may be restarted, or
+        kept from the CPU. Return whether `reason` has changed.
         """
         now, before = self._clock(), self.reason
         steady_since, reported_at = reporting
         if self.reason and now >= self._until:
             self.reason = ""
+            self._streams.clear()
+        if steady_since != self._steady_since:
+            self._steady_since = steady_since
             self._streams.clear()
         for stream, count in marked.items():
             known = self._streams.get(stream)
@@ -52,7 +55,7 @@ class MarkWatch:
                 self._streams[stream] = _Stream(count, read.get(stream, 0))
             elif count - known.marked >= UNREAD:
                 known.since = min(known.since, now)
-                if reported_at >= max(known.since, steady_since) + UNREAD_SECONDS and not self.reason:
+                if reported_at >= known.since + UNREAD_SECONDS and not self.reason:
                     self.reason = f"another program takes the marks of stream {stream} away; see [offload] mark_mask"
                     self._until = now + AGAIN_SECONDS
         return before != self.reason

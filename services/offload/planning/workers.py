@@ -25,8 +25,8 @@ class Workers:
         self._boots: dict[str, int] = {}
         self._read: dict[str, Counter[str]] = {}
         """By worker: the marks that it has read of each stream, or datagrams that the kernel has dropped."""
-        self.reporting = 0.0, 0.0
-        """The time since which all workers that report do so steadily, and that of the last report."""
+        self._steady_since = 0.0
+        """The time at which a worker last began to report, also after a pause, or was given up."""
         self._blind: dict[str, bool] = {}
         """By worker."""
         self._unread: dict[str, int] = {}
@@ -52,9 +52,9 @@ class Workers:
         return self._changed()
 
     def _note_worker(self, report: Report, boot: int) -> None:
-        now, (steady_since, _) = self._clock(), self.reporting
-        begins = self._boots.get(report.service) != boot or now > self._seen.get(report.service, 0.0) + STEADY_SECONDS
-        self.reporting, self._boots[report.service] = (now if begins else steady_since, now), boot
+        now = self._clock()
+        if self._boots.get(report.service) != boot or now > self._seen.get(report.service, 0.0) + STEADY_SECONDS:
+            self._steady_since, self._boots[report.service] = now, boot
         read = {name.removeprefix(STREAM): each for name, each in report.accounts.items() if name.startswith(STREAM)}
         self._read[report.service] = Counter(
             {stream: each.get(MARKS_READ, 0) + each.get(KERNEL_DROPPED, 0) for stream, each in read.items()}
@@ -66,6 +66,11 @@ class Workers:
         self._seen[report.service] = now
         self._blind[report.service] = grown or not own.get(MARK_SOCKETS) or bool(own.get(MARK_BLIND))
 
+    @property
+    def reporting(self) -> tuple[float, float]:
+        """The time since which all workers report steadily, and the time up to which each of them has reported."""
+        return self._steady_since, min(self._seen.values(), default=0.0)
+
     def marks_read(self) -> Counter[str]:
         """Return, by stream, the datagrams of all workers that came with a mark, or that the kernel has dropped."""
         return sum(self._read.values(), Counter())
@@ -76,6 +81,7 @@ class Workers:
         for name in [name for name, seen in self._seen.items() if seen < past]:
             if self._blind[name] or len(self._seen) > 1:  # the last that could read stays: it may be restarted
                 del self._seen[name], self._blind[name]
+                self._steady_since = self._clock()
         self._older = {name: seen for name, seen in self._older.items() if seen >= past}
         return self._changed()
 

@@ -60,3 +60,16 @@ def test_marks_of_a_worker_that_stands_still_are_no_reason() -> None:
     watched.reporting = watched.now, watched.now
     assert watched.note(9000, 100) == ""
     assert watched.note(10_000, 1000) == ""
+
+
+def test_marks_that_came_to_no_worker_are_no_reason() -> None:
+    """An exporter that sends only while ingest is restarted: nothing of its stream was read before, nor is later."""
+    watched = Watched()
+    for second in range(5):
+        assert watched.note(100 * second, 0, reporting=False) == ""
+    watched.reporting = watched.now, watched.now
+    for _ in range(20):
+        assert watched.note(400, 0) == ""
+    for _ in range(int(UNREAD_SECONDS) + 1):
+        reason = watched.note(400 + UNREAD, 0)
+    assert reason

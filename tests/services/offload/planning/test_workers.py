@@ -123,3 +123,20 @@ def test_workers_that_report_steadily_have_neither_begun_nor_paused_of_late() ->
     reporting.now += STEADY_SECONDS + 1
     reporting.report(boot=2, mark_sockets=2)
     assert reporting.workers.reporting == (reporting.now, reporting.now)
+
+
+def test_a_worker_that_pauses_leaves_it_open_what_it_has_read() -> None:
+    """The reports of others say nothing of its marks; once it is given up they do, from then on."""
+    reporting = Reporting()
+    reporting.now = 10.0
+    reporting.report("ingest.2", mark_sockets=2)
+    for _ in range(int(SILENT_SECONDS)):
+        reporting.report(mark_sockets=2)
+        reporting.now += 1
+        reporting.workers.expire()
+    reporting.report(mark_sockets=2)
+    assert reporting.workers.reporting == (10.0, 10.0)
+    reporting.now += 1
+    reporting.report(mark_sockets=2)
+    reporting.workers.expire()
+    assert reporting.workers.reporting == (14.0, 14.0)
