@@ -19,6 +19,7 @@ from shared.bus.messages import Datagrams, hold_topic
 from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import DatagramBatch, read_generations, read_rows
+from shared.datagrams.limits import MAX_DATAGRAM
 from shared.datagrams.mmsg import SO_MARK, ReceiveArena
 from shared.net.sockets import InheritedSocket, enlarge_receive_buffer
 from shared.settings.tables import Offload
@@ -88,7 +89,8 @@ def send_marked(sock: socket.socket, mark: int, payload: bytes, segment: int = 0
 
 
 marks = st.sampled_from([0, 0, OTHERS, 0x00010000, 0x00010000 | OTHERS, 0x00020000, 0x0FFF0000, 0xFFFFFFFF])
-some = st.tuples(marks, st.sampled_from([0, 1, 100, 100, 1000, 9000]), st.sampled_from([0, 0, 0, 2, 16]))
+lengths = st.sampled_from([0, 1, 100, 100, 1000, 9000, MAX_DATAGRAM + 20])
+some = st.tuples(marks, lengths, st.sampled_from([0, 0, 0, 2, 16]))
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -102,9 +104,13 @@ some = st.tuples(marks, st.sampled_from([0, 1, 100, 100, 1000, 9000]), st.sample
 def test_each_datagram_goes_on_with_the_generation_of_its_mark(
     lab: None, host: str, trains: bool, lends: bool, few: int, turns: list[list[tuple[Sent, int]]]
 ) -> None:
-    """In order, however it comes: few or many, lent or not, in trains; of the mark the bits of the mask alone count."""
+    """In order, however it comes: few or many, lent or not, in trains, beside others that are too long.
+
+    Of the mark the bits of the mask alone count.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     expected: list[tuple[int, bytes]] = []
+    refused: list[int] = []
     with ExitStack() as opened:
         opened.enter_context(pytest.MonkeyPatch.context()).setattr(receiving, "FEW_ROWS", few)
         sock, sender = (opened.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(2))
@@ -118,18 +124,24 @@ def test_each_datagram_goes_on_with_the_generation_of_its_mark(
         receiver = DatagramReceiver(sock, feed, Counter(), ReceiveArena(), None, trains=trains, marks=reader)
         assert receiver.reads_marks
         for turn in turns:
-            for (mark, length, together), times in turn:
+            for (mark, size, together), times in turn:
+                length = size if family == socket.AF_INET6 else min(size, MAX_DATAGRAM)
                 for _ in range(times):
                     segments = together if 0 < length <= 1000 else 0
                     payload = bytes([len(expected) % 256]) * length
                     send_marked(sender, mark, payload * (segments or 1), length if segments else 0)
-                    expected += [((mark & 0x0FFF0000) >> 16, payload)] * (segments or 1)
+                    generation = (mark & 0x0FFF0000) >> 16
+                    if length > MAX_DATAGRAM:
+                        refused.append(generation)
+                    else:
+                        expected += [(generation, payload)] * (segments or 1)
             while receiver.receive() != (0, 0):
                 pass
     assert bus.taken == expected
     assert account == {}
+    assert counts["dropped_oversized"] == len(refused)
     if not trains:
-        assert counts["marks_read"] == sum(generation > 0 for generation, _ in expected)
+        assert counts["marks_read"] == sum(generation > 0 for generation in [*refused, *(one for one, _ in expected)])
 
 
 def test_marks_are_read_only_where_the_kernel_may_copy(lab: None) -> None:
