@@ -8,11 +8,11 @@ import gc  # noqa: E402
 import os  # noqa: E402
 import resource  # noqa: E402
 import signal  # noqa: E402
-from collections.abc import Generator, Iterator  # noqa: E402
+from collections.abc import Generator, Iterator, Sequence  # noqa: E402
 from contextlib import ExitStack, nullcontext  # noqa: E402
 from importlib.util import cache_from_source  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Final  # noqa: E402
+from typing import Final, TypeVar  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -28,6 +28,7 @@ from tests.warm_start import lasting  # noqa: E402
 settings.register_profile("fanwire", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
 settings.load_profile("fanwire")
 
+T = TypeVar("T")
 LONGEST: Final = ("tests/services/gateway/cluster/", "tests/services/uplink/", "tests/system/")
 """Folders of tests that take tens of seconds."""
 CHUNK: Final = 4
@@ -86,10 +87,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     waiting = [item for item in items if item.get_closest_marker(processes.MARKER)]
     working = [item for item in items if not item.get_closest_marker(processes.MARKER)]
-    items[:] = _interleaved(waiting, working) if hasattr(config, "workerinput") else waiting + working
+    items[:] = interleaved(waiting, working) if hasattr(config, "workerinput") else waiting + working
 
 
-def _interleaved(waiting: list[pytest.Item], working: list[pytest.Item]) -> Iterator[pytest.Item]:
+def interleaved(waiting: Sequence[T], working: Sequence[T]) -> Iterator[T]:
     """Yield tests that mostly wait and, spread evenly among them, those that compute: both cores always have work.
 
     A worker is handed `CHUNK` tests at a time: so many stay together, and with them what is made once for a module.
