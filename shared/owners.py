@@ -13,7 +13,7 @@ from typing import Final, Literal, Self
 
 import msgspec
 
-from shared.bus.bodies.nodes_message import Node, Nodes
+from shared.bus.bodies.nodes_message import Node, Nodes, NodeState
 from shared.client import MAX_PLACES, Client, Place, Resume, Source
 from shared.settings.uplink import Uplink
 
@@ -85,8 +85,8 @@ class Owners:
 
         Those that serve nobody are left out: they tell of what their senders have had, and have not sent.
         """
-        self._heard: set[str] = set()
-        """The nodes that live."""
+        self._states: dict[str, NodeState] = {}
+        """The nodes as they are now."""
         self.settled = True
         """False from when others come to serve until collectors are split anew."""
         self._owners: dict[tuple[str, int], str] = {}
@@ -114,7 +114,7 @@ class Owners:
         """Note what the uplink tells of the nodes; return whether others serve now."""
         self._heard_at, self.majority = self._clock(), body.majority
         changed = self._serve(body.serving)
-        self._heard = {node.name for node in body.nodes if node.state == "live"}
+        self._states = {node.name: node.state for node in body.nodes}
         for node in body.nodes:
             steady = node.state != "live" or (self.settled and not changed) or node.name not in self._told
             if steady and _serves(node):
@@ -207,7 +207,7 @@ class Owners:
         wanted = tuple([place for place in _least(told) if client.wants(place.stream)][-MAX_PLACES:])
         since_ns = max(0, min(node.since_ns for node in nodes) - LATE_NS)
         # One that lives has sent more since it told that; so may this node have, where nobody is known to follow it.
-        serves_on = not known or any(node.name in self._heard for node in nodes)
+        serves_on = not known or any(self._states.get(node.name) in ("live", "joining") for node in nodes)
         until_ns = max(now_ns * serves_on, *(node.since_ns for node in nodes))
         return Resume(since_ns, places=wanted, twice_until_ns=until_ns)
 
@@ -219,7 +219,7 @@ class Owners:
         key, after = client.group or client.name, self._clock() - VIEW_SECONDS
         views = [owner_of(key, serving) for at, serving in self._views.values() if at > after]
         first = known or owner_of(key, others)
-        told = {name: node for name, node in self._told.items() if name == first or name in self._heard}
+        told = {name: node for name, node in self._told.items() if name == first or self._states.get(name) == "live"}
         return [told.get(name, Node(name, "silent")) for name in {first, *views} - {self.own, ""}]
 
     def _resumed(self, client: Client) -> Client:

@@ -319,6 +319,18 @@ def test_a_collector_that_two_nodes_have_served_goes_on_where_either_was() -> No
     assert None not in resumes
 
 
+@pytest.mark.parametrize(("state", "counted"), [("silent", False), ("joining", True)])
+def test_a_node_that_was_parted_has_served_for_a_while(state: NodeState, counted: bool) -> None:
+    """A node that holds since it hears nobody has sent more than it has told; one that has died has not."""
+    found, _ = owners()
+    for b in node_with("b", 500, "a", "b"), node_with("b", 500, state=state):
+        found.note(heard_by_a("live", b))
+        served = found.split(clients(), "relay")[0]
+    resumes = [client.resume for name, client in served.items() if owner_of(name, "ab") == "b"]
+    assert {(each.places[0].total, each.twice_until_ns > 500) for each in resumes if each} == {(500, counted)}
+    assert None not in resumes
+
+
 def test_a_node_that_serves_nobody_tells_no_place() -> None:
     """A node that holds, or joins, keeps what comes and sends none of it: who follows it goes on where it left off."""
     found, _ = owners()
