@@ -6,7 +6,7 @@ from tests.network import HERE, End, Host, veth
 from tests.openly import OpenStack
 from tests.services.uplink.nats import NatsServer
 from tests.services.uplink.sites import Site, away, flows
-from tests.stack import ask_json, wait_until
+from tests.stack import sign_up, wait_until
 
 EXPORTER, LISTENER, SERVER = "10.3.0.2", "10.3.0.1", "10.4.0.1"
 SIZES = (1, 100, 100, 100, 1464, 1464, 1473, 4000, 9001)
@@ -36,9 +36,8 @@ def test_copies_of_another_sites_exporters_keep_their_address(open_stack: OpenSt
             b.begin()
             flows(b)
             b.start("transmitter")
-            request = {"op": "register", "name": "siem", "streams": ["flows"], "source": "original"}
-            answer = ask_json(request | {"address": "10.2.0.2", "port": 2055}, b.gateway)
-            assert answer["ok"], answer
+            request = {"name": "siem", "streams": ["flows"], "source": "original", "address": "10.2.0.2", "port": 2055}
+            sign_up(request, b.gateway)
         collector = stack.enter_context(closing(siem.socket(socket.AF_INET, socket.SOCK_DGRAM)))
         collector.bind(("10.2.0.2", 2055))
         collector.settimeout(60)
