@@ -43,34 +43,36 @@ def _measured(task: Task, here: Site, tool: Path) -> Iterator[Measured]:
         program = settle(program, here.offer(replace(BY_NAME[task.workload], count=64)), sinks)
         found = opened.enter_context(closing(Measured(program, here, sinks, tool)))
         found.begin()
-        found.run(Load(HELD_RATE), HELD_SECONDS)
+        found.run(Load(HELD_RATE, task.workload), HELD_SECONDS)
         yield found
 
 
 def run(options: argparse.Namespace, tool: Path) -> list[str]:
     """Measure, and print a table; return a sentence for each bound that was not kept."""
-    print("| datagrams/s | way | | live path: CPU % | journal: CPU % | p50, p99 ms | copies lost |")
-    print("|" + " --- |" * 7)
+    print("| workload | datagrams/s | way | | live path: CPU % | journal: CPU % | p50, p99 ms | copies lost |")
+    print("|" + " --- |" * 8)
     beyond: list[str] = []
-    for rate, way in product(filter(None, options.rate), options.way or ["relay", "original"]):
-        task = Task("small", LIVE, way, BUFFER, whole=True, settings=SETTINGS)
+    for workload, rate, way in product(
+        options.workload or ["small"], filter(None, options.rate), options.way or ["relay", "original"]
+    ):
+        task, load = Task(workload, LIVE, way, BUFFER, whole=True, settings=SETTINGS), Load(rate, workload)
         readings: list[dict[str, Reading]] = []
         missed = 0
-        with site(BY_NAME["small"].mtu) as here:
+        with site(BY_NAME[workload].mtu) as here:
             for _ in range(options.rounds):
                 with _measured(task, here, tool) as program:
-                    found = {"without": program.run(Load(rate), options.seconds)}
+                    found = {"without": program.run(load, options.seconds)}
                 with _measured(replace(task, journal=True), here, tool) as program:
                     since = time.time()
-                    found["with"] = program.run(Load(rate), options.seconds)
+                    found["with"] = program.run(load, options.seconds)
                     with _caught_up(here, way, since) as sinks:
-                        found["three catch up"] = program.run(Load(rate), options.seconds)
+                        found["three catch up"] = program.run(load, options.seconds)
                     sent = sum(found[name].expected for name in ("with", "three catch up")) // LIVE
                     missed += sum(abs(sent - sink.count) for sink in sinks)
                 readings.append(found)
         for name in readings[0]:
-            print(_row(rate, way, name, [each[name] for each in readings]), flush=True)
-        beyond += [f"{rate:,}/s, {way}: {sentence}" for sentence in _judge(readings, missed)]
+            print(_row(load, way, name, [each[name] for each in readings]), flush=True)
+        beyond += [f"{workload}, {rate:,}/s, {way}: {sentence}" for sentence in _judge(readings, missed)]
     return beyond
 
 
@@ -114,11 +116,11 @@ def _behind() -> list[str]:
     return [name for name, entry in ask_json({"op": "list"})["clients"].items() if "catching_up" in entry]
 
 
-def _row(rate: int, way: Way, name: str, readings: list[Reading]) -> str:
+def _row(load: Load, way: Way, name: str, readings: list[Reading]) -> str:
     live, journal = _live_cpu(readings), median(each.cpu["journal"] for each in readings)
     p50, p99 = (median(each.late_us[quantile] for each in readings) / 1000 for quantile in ("p50", "p99"))
     lost = sum(each.expected - each.arrived for each in readings)
-    return f"| {rate:,} | {way} | {name} | {live:.1f} | {journal:.1f} | {p50:.1f}, {p99:.1f} | {lost} |"
+    return f"| {load.workload} | {load.rate:,} | {way} | {name} | {live:.1f} | {journal:.1f} | {p50:.1f}, {p99:.1f} | {lost} |"
 
 
 def _live_cpu(readings: list[Reading]) -> float:

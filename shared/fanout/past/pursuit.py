@@ -73,6 +73,8 @@ class Pursuit(StreamPlace):
         self._expired = 0
         self._at_end = False
         """The journal had no more than what is queued."""
+        self._asked_of: set[Worker] = set()
+        """Workers whose beginning did not come live, and that were known when the journal was asked again."""
         self._number = 0
         """Of the window's next batch."""
         self._stray_at: dict[Worker, float] = {}
@@ -229,6 +231,9 @@ class Pursuit(StreamPlace):
         """Return the state that it is in now; `at_once`: no more is awaited of the journal."""
         if self._queue:
             return self.state
+        if self.state is PursuitState.READING and self._at_end and not at_once and (late := self._late(followed)):
+            self._asked_of |= late
+            self._at_end = False
         if self.state is PursuitState.READING and (self._at_end or at_once):
             self._begin_at_ends(window, followed)
             if self.by_window or all(self._covered(window, worker, each) for worker, each in followed.items()):
@@ -250,7 +255,7 @@ class Pursuit(StreamPlace):
             return []
         self._exhausted = False
         waited = self._short_since is not None and self._clock() >= self._short_since + PATIENCE_SECONDS
-        if not (at_once or waited):
+        if not (at_once or (waited and not self._late(followed))):
             return []
         self._begin_at_ends(window, followed)
         steps = []
@@ -265,6 +270,11 @@ class Pursuit(StreamPlace):
                 steps.append(Step(nothing, None, stop, stop - at, 0, self._discovered(worker, at, stop, followed)))
         self._short_since = None
         return steps
+
+    def _late(self, followed: Mapping[Worker, Position]) -> set[Worker]:
+        """Return workers that the journal may have had nothing of when it was asked, and whose beginning it may have."""
+        unknown = followed.keys() - self._totals.keys() - self._fetched.keys() - self._asked_of
+        return set() if self.by_window else {worker for worker in unknown if self._owed_from(worker, followed[worker])}
 
     def _begin_at_ends(self, window: Window, followed: Mapping[Worker, Position]) -> None:
         """Give each worker of which the journal had nothing a place: its end in the journal, or what is owed of it.

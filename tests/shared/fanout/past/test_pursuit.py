@@ -164,6 +164,7 @@ class World:
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32))
+@example(5682)  # of a new worker the journal alone has had the beginning, after it was asked
 @example(3056492)  # what the journal has missed came live, and what followed did not
 def test_each_datagram_comes_once_and_in_order_whatever_happens(seed: int) -> None:
     """Workers, journal and sender are killed, the bus loses and delays: all that anybody has comes, and once."""
@@ -278,10 +279,17 @@ def test_a_worker_of_which_a_dead_node_told_nothing_is_owed_from_its_first_datag
 
 
 def test_a_worker_that_the_journal_did_not_tell_of_is_asked_for() -> None:
-    """The journal took it for an older one, as its clock was set back: it is named, and all is searched, once."""
+    """The journal took it for an older one, as its clock was set back: it is named, and all is searched, once.
+
+    Before that the journal is read on, as the worker may have begun since its last answer.
+    """
     pursuit, window = Pursuit("messages", 7, Counter()), Window()
-    pursuit.note_portion(JournalPlace(9, 100), [WorkerPosition("ingest.1", 1, 3, 30, 99)], 0, at_end=True)
+    at_end = JournalPlace(9, 100), [WorkerPosition("ingest.1", 1, 3, 30, 99)], 0
+    pursuit.note_portion(*at_end, at_end=True)
     came = {("ingest.1", 2): Position(1, 10, 50)}
+    assert pursuit.check(window, came) is PursuitState.READING
+    assert (pursuit.reader, len(pursuit.positions())) == (JournalPlace(9, 100), 1)
+    pursuit.note_portion(*at_end, at_end=True)
     assert pursuit.check(window, came) is PursuitState.READING
     assert pursuit.reader is None
     assert WorkerPosition("ingest.1", 2, 0, 10, 7) in pursuit.positions()
