@@ -38,7 +38,7 @@ catch_up_per_second = {per_second}
 class Exporters(threading.Thread):
     """Exporters that send numbered datagrams in turn until told to stop; `sent` is how many each has sent."""
 
-    def __init__(self, per_second: int = 1500) -> None:
+    def __init__(self, per_second: int = 750) -> None:
         super().__init__(daemon=True)
         self.sent = [0] * len(EXPORTERS)
         self._per_second = per_second

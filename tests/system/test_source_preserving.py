@@ -290,7 +290,7 @@ def test_copies_end_with_the_lease(open_stack: OpenStack, source: str) -> None:
             time.sleep(0.05)
             return len(list(dead.take()))
 
-        assert copied_to_the_dead()
+        wait_until(copied_to_the_dead, "it gets copies")
         last = {
             "streams": ["messages"],
             "address": "10.2.0.2",

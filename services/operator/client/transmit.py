@@ -13,8 +13,8 @@ from shared.bus.zmq_sockets import Publisher, Requests, Subscriber
 from shared.process.lifecycle import FAILED, NOT_PERMITTED, OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings
 
-PATIENCE_SECONDS: Final = 1.0
-"""The bus tells a publisher at once which services are there; a transmitter not seen by then is not there."""
+PATIENCE_SECONDS: Final = 3.0
+"""The bus tells a publisher at once which services are there, or, on a machine with no time for it, a moment later."""
 LOOK_MS: Final = 50
 EXIT_CODES: Final = {"not_permitted": NOT_PERMITTED, "bad_request": FAILED}
 

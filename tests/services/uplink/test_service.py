@@ -185,8 +185,8 @@ def test_a_killed_server_costs_nothing(pair: Pair, collectors: dict[str, socket.
     pair.send("bonn", *after)
     assert receive(collectors["berlin"], 200) == after
     told = pair.bonn.uplink.log
-    ended = [line for line in told if "the connection to" in line["event"]]
-    assert 1 <= len(ended) <= 2, ended
+    ended = [line["event"] for line in told if "the connection to" in line["event"]]
+    assert len({*ended}) == len(ended) > 0, "each trouble once, however often it is tried"
     assert pair.bonn.uplink.events("connected to a NATS server again")
     assert len(pair.bonn.uplink.events("connected to a NATS server")) == 2
     assert "Traceback" not in pair.bonn.uplink.text
