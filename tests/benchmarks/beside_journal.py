@@ -120,7 +120,8 @@ def _row(load: Load, way: Way, name: str, readings: list[Reading]) -> str:
     live, journal = _live_cpu(readings), median(each.cpu["journal"] for each in readings)
     p50, p99 = (median(each.late_us[quantile] for each in readings) / 1000 for quantile in ("p50", "p99"))
     lost = sum(each.expected - each.arrived for each in readings)
-    return f"| {load.workload} | {load.rate:,} | {way} | {name} | {live:.1f} | {journal:.1f} | {p50:.1f}, {p99:.1f} | {lost} |"
+    cpu = f"{live:.1f} | {journal:.1f}"
+    return f"| {load.workload} | {load.rate:,} | {way} | {name} | {cpu} | {p50:.1f}, {p99:.1f} | {lost} |"
 
 
 def _live_cpu(readings: list[Reading]) -> float:

@@ -5,8 +5,8 @@ FANWIRE_SOAK_RATE set its length and its datagrams a second, for a machine that 
 """
 
 import json
-import os
 import math
+import os
 import random
 import signal
 import socket

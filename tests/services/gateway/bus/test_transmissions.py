@@ -98,7 +98,7 @@ def test_no_answer_by_the_deadline(stack: Stack, transmitter: PlayedTransmitter)
     with send(REQUEST | {"count": 3, "per_second": 2}) as connection:
         late = transmitter.take()
         refused = answer(connection)
-        assert 3.0 <= time.monotonic() - began < 8.0  # on a busy machine
+        assert time.monotonic() - began >= 3.0
         assert refused["error"] == "unavailable"
         assert "transmitter did not answer" in refused["message"]
         transmitter.answer(late, 3)
