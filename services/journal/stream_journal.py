@@ -186,8 +186,16 @@ class StreamJournal:
             "the journal can't write: datagrams come to collectors as ever, and are not kept", error=error.strerror,
             of=self.stream, directory=str(self.directory), cure=cure,
         )  # fmt: skip
-        if self._writer and not self._writer.empty:
-            self.seal()  # retention removes only what is sealed
+        if self._writer and self._writer.empty:
+            self._take_back(self._writer)
+        self.seal()  # retention removes only what is sealed
+
+    def _take_back(self, writer: SegmentWriter) -> None:
+        """Remove a segment that nothing could be written to; the next one gets its number, so that none is missing."""
+        self._writer = None
+        with contextlib.suppress(OSError):  # then it stays until the next start
+            writer.remove()
+            self._next_number -= 1
 
     def _recovered(self) -> None:
         self._failing = None
@@ -212,10 +220,7 @@ class StreamJournal:
         number = writer.segment.number
         self._kept[number] = Kept(writer.segment, writer.size, self._written_ns, busy=True)
         self._rows[number] = writer.rows
-        gone = FileNotFoundError()
-        self._in_thread(
-            lambda: disk_thread.seal(writer), lambda result: self._note_sealed(number, gone if writer.empty else result)
-        )
+        self._in_thread(lambda: disk_thread.seal(writer), partial(self._note_sealed, number))
 
     def _seal_again(self, number: int, segment: Segment) -> None:
         """Seal a segment for which that has failed; until then retention may remove it."""

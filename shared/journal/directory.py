@@ -13,7 +13,7 @@ from typing import Final
 
 from shared.journal.records import Reached, RecordError
 from shared.journal.segment_reader import UNREADABLE, SegmentReader
-from shared.journal.segment_writer import seal_left, seal_segment, sync_directory
+from shared.journal.segment_writer import seal_left, sync_directory
 from shared.journal.segments import Segment, parse_name
 
 DIRECTORY_MODE: Final = 0o750
@@ -120,7 +120,8 @@ def _recover(directory: Path, segment: Segment) -> Recovered:
             end = head.end
             reached[head.identity.worker] = head.reached
     if not end and size <= max(start, 1):  # nothing was in it
-        seal_segment(directory, segment, empty=True)
+        path.unlink()
+        sync_directory(directory)
         return Recovered(segment, None, 0, reached)
     if not end:
         return Recovered(segment, set_aside(directory, segment), size, reached)

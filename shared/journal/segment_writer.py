@@ -87,25 +87,26 @@ class SegmentWriter:
             self._named = True
 
     def seal(self) -> Segment:
-        """Bring all to the disk, close the file and give it its last name; remove it if it is empty.
+        """Bring all to the disk, close the file and give it its last name. OSError: it is closed, and named as before.
 
-        OSError: it is closed, and still has the name of an open one.
+        One that is empty is to be removed instead.
         """
         try:
-            if not self.empty:
-                os.fdatasync(self._descriptor)
+            os.fdatasync(self._descriptor)
         finally:
             os.close(self._descriptor)
-        return seal_segment(self._directory, self.segment, empty=self.empty)
+        return seal_segment(self._directory, self.segment)
+
+    def remove(self) -> None:
+        """Close the file and remove it. OSError: it is closed, and still there."""
+        os.close(self._descriptor)
+        self._path.unlink()
 
 
-def seal_segment(directory: Path, segment: Segment, *, empty: bool) -> Segment:
-    """Give a segment that is written no more its last name, or remove it; return it as it is now."""
+def seal_segment(directory: Path, segment: Segment) -> Segment:
+    """Give a segment that is written no more its last name; return it as it is now."""
     sealed = Segment(segment.stream, segment.number, segment.began_ns)
-    if empty:
-        (directory / segment.name).unlink()
-    else:
-        (directory / segment.name).rename(directory / sealed.name)
+    (directory / segment.name).rename(directory / sealed.name)
     sync_directory(directory)
     return sealed
 
@@ -120,7 +121,7 @@ def seal_left(directory: Path, segment: Segment) -> Segment:
     finally:
         os.close(descriptor)
     if path.exists():
-        return seal_segment(directory, segment, empty=False)
+        return seal_segment(directory, segment)
     sync_directory(directory)
     return sealed
 

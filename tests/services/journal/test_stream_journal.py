@@ -20,6 +20,7 @@ from shared.datagrams.batch import DatagramBatch
 from shared.journal import reached
 from shared.journal.directory import segments_in
 from shared.journal.encoding import Numbered
+from shared.journal.reading import PastBatches
 from shared.journal.records import Identity, Reached
 from shared.journal.retention import Bounds, expired
 from shared.journal.segment_writer import SegmentWriter
@@ -93,6 +94,32 @@ def test_what_there_is_room_for_is_written(
     assert journal.reached == {"ingest.1": Reached(9, 6)}
     assert "free some of the disk" in capsys.readouterr().out
     journal.seal()
+
+
+def test_a_segment_that_nothing_fitted_into_leaves_no_gap(
+    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when a segment begins, for longer than one lasts: an export finds none missing afterwards."""
+    monkeypatch.setattr(stream_journal, "SEGMENT_SECONDS", 0.0)
+    monkeypatch.setattr(stream_journal, "RETRY_SECONDS", 0.0)
+    journal = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    journal.open()
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for number, identity in enumerate(identities(rows=[1] * 5)):
+        with monkeypatch.context() as patch:
+            if number in (1, 2, 4):
+                patch.setattr(SegmentWriter, "append", fail)
+            journal.append(identity, batch_of([("192.0.2.1", 1, b"one")]))
+            journal.write()
+        journal.keep_up()
+        wait_until(partial(_sealed, journal, disk), "it is sealed")
+    assert [path.name for path in (tmp_path / "flows").iterdir() if ".open" in path.name] == []
+    past = PastBatches(tmp_path / "flows", segments_in(tmp_path, "flows"), 0, 1 << 62)
+    assert len(list(past.batches())) == 2
+    assert past.gone == 0
 
 
 def test_segments_are_sealed_by_size_and_age(tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch) -> None:
