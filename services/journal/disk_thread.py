@@ -2,16 +2,18 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Set
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import Final, TypeVar
 
+from shared.journal.retention import Kept
 from shared.journal.segment_reader import SegmentReader
 from shared.journal.segment_writer import SegmentWriter, seal_left, sync_directory
-from shared.journal.segments import Segment
+from shared.journal.segments import Segment, parse_name
 from shared.log import get_logger
 
 Job = Callable[[], None]
@@ -107,6 +109,33 @@ def _count_rows(path: Path, segment: Segment) -> int:
         with contextlib.suppress(OSError), SegmentReader(path, segment) as reader:
             return sum(head.rows for head in reader.heads())
     return 0
+
+
+def changed_ns(directory: Path) -> int:
+    """Return when names in a directory have changed last; 0: it is not there, or tells nothing."""
+    try:
+        return directory.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def find_changed(directory: Path, some: Iterable[Kept]) -> list[tuple[Kept, Kept | None]] | OSError:
+    """Return those of a stream's segments that have another name by now, as they are then; None: they are gone."""
+    try:
+        names = {each.name for each in directory.iterdir()}
+    except FileNotFoundError:
+        names = set()
+    except OSError as error:
+        return error
+    return [(each, _as_now(directory, each, names)) for each in some if each.segment.name not in names]
+
+
+def _as_now(directory: Path, kept: Kept, names: Set[str]) -> Kept | None:
+    for name in names & kept.segment.names:
+        if segment := parse_name(kept.segment.stream, name):
+            with contextlib.suppress(FileNotFoundError):
+                return replace(kept, segment=segment, size=(directory / name).lstat().st_size)
+    return None
 
 
 def room_on(directory: Path) -> tuple[int, int]:

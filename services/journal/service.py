@@ -199,6 +199,7 @@ class JournalService:
             self._sync_at = now + self._settings.journal.sync_seconds
         if now >= self._upkeep_at:
             self._upkeep_at = now + UPKEEP_SECONDS
+            self._hold()
             for stream in self._streams.values():
                 stream.keep_up()
             if self._listeners and self._listeners.tick():
@@ -207,6 +208,15 @@ class JournalService:
         fresh = self._publisher.new_subscriptions()
         if now >= self._reporter.due_at or (fresh and self._reporter.asked_for(fresh)):
             self._report()
+
+    def _hold(self) -> None:
+        """Make the directory anew where another program has removed it. OperatorError: another journal has it now."""
+        try:
+            self._lock.hold()
+        except BlockingIOError:
+            raise _another(self._settings.journal.path) from None
+        except OSError:  # writing says so
+            pass
 
     def _sync(self) -> None:
         """Let the disk's thread sync what was written since it did so last."""
@@ -296,10 +306,14 @@ def _lock(directory: Path) -> Lock:
     try:
         return Lock(directory)
     except BlockingIOError:
-        told = f"another journal writes in {directory}: stop it first, or set another [journal] directory"
-        raise OperatorError(CANT_CREATE, told) from None
+        raise _another(directory) from None
     except OSError as error:
         raise OperatorError(CANT_CREATE, f"{directory}: {error.strerror}; {CURE}") from None
+
+
+def _another(directory: Path) -> OperatorError:
+    told = f"another journal writes in {directory}: stop it first, or set another [journal] directory"
+    return OperatorError(CANT_CREATE, told)
 
 
 def _once_kept(directory: Path) -> list[str]:

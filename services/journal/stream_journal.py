@@ -82,6 +82,8 @@ class StreamJournal:
         self._unwritten = 0
         """Datagrams dropped since writing began to fail."""
         self._next_number = 1
+        self._looked_ns = -1
+        """The last change of the directory behind which segments were looked for."""
         self.unsynced = False
         self.going = 0
         """Bytes of segments that the disk's thread has still to remove."""
@@ -204,13 +206,47 @@ class StreamJournal:
         self._unwritten = 0
 
     def keep_up(self) -> None:
-        """Seal the segment that is written once it is old enough, and what could not be sealed. Due each second."""
+        """Seal the segment that is written once it is old enough, and what could not be sealed; look for changes.
+
+        Due each second.
+        """
         for number, each in self._kept.items():
             left_open = each.segment.is_open and each.segment.is_readable and not each.busy
             if left_open and number not in self._sealing:
                 self._seal_again(number, each.segment)
         if self._writer and time.monotonic() >= self._seal_at:
             self.seal()
+        if (changed_ns := disk_thread.changed_ns(self.directory)) != self._looked_ns:
+            self._looked_ns = changed_ns
+            self._look()
+
+    def _look(self) -> None:
+        """Let the disk's thread find out which segments another program has removed, or compressed."""
+        writer = self._writer
+        some = [each for each in self._kept.values() if not each.busy]
+        if writer:
+            some.append(Kept(writer.segment, writer.size, self._written_ns))
+
+        def apply(result: list[tuple[Kept, Kept | None]] | OSError) -> None:
+            if isinstance(result, OSError):
+                self.note_disk_error(result)
+                return
+            for before, now in result:
+                number = before.segment.number
+                if writer and self._writer is writer and writer.segment is before.segment:
+                    self.seal()  # so its datagrams are counted, and the next ones are kept
+                elif self._kept.get(number) is before:  # else something was done with it meanwhile
+                    if now:
+                        self._kept[number] = now
+                    else:
+                        self._forget(number)
+
+        self._in_thread(lambda: disk_thread.find_changed(self.directory, some), apply)
+
+    def _forget(self, number: int) -> None:
+        """Count what was in a segment that another program has removed."""
+        del self._kept[number]
+        self.account[EXPIRED] += self._rows.pop(number, 0)
 
     def seal(self) -> None:
         """Write no more to the present segment; the disk's thread seals it."""
@@ -232,8 +268,7 @@ class StreamJournal:
         if number not in self._kept:  # retention has removed it
             return
         if isinstance(result, FileNotFoundError):
-            del self._kept[number]
-            self.account[EXPIRED] += self._rows.pop(number, 0)  # another program has removed it
+            self._forget(number)
         elif isinstance(result, Segment):
             self._kept[number] = replace(self._kept[number], segment=result, busy=False)
         else:

@@ -40,17 +40,36 @@ class Lock:
     """The right to write in the directory, made if it is not there. BlockingIOError when another journal has it."""
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
-        self._descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._descriptor)
-            raise
+        self._directory = directory
+        self._descriptor = _lock(directory)
+
+    def hold(self) -> None:
+        """Lock the directory that is there now, where another program has removed or moved the one that was locked.
+
+        Due each second. Errors as at first: then the lock is on the old one.
+        """
+        with suppress(FileNotFoundError):
+            if os.path.samestat(self._directory.stat(), os.fstat(self._descriptor)):
+                return
+        fresh = _lock(self._directory)
+        self.close()
+        self._descriptor = fresh
 
     def close(self) -> None:
         """Give it back."""
         os.close(self._descriptor)
+
+
+def _lock(directory: Path) -> int:
+    """Return a descriptor that has the lock."""
+    directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def streams_in(directory: Path) -> list[str]:
