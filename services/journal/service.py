@@ -2,6 +2,7 @@
 
 import select
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -240,16 +241,23 @@ class JournalService:
 
     def _retain(self) -> None:
         """Remove what is too much, too old, or in the way of others on the disk."""
+        own, streams = self._limits, [*self._streams.values()]
+        disks: dict[int, list[StreamJournal]] = {}
+        for stream in streams:
+            with suppress(OSError):  # its directory is gone: writing says so
+                disks.setdefault(stream.directory.stat().st_dev, []).append(stream)
+        for there in disks.values():
+            with suppress(OSError):
+                free, whole = room_on(there[0].directory)
+                free += sum(stream.going for stream in there)
+                # Of a small disk not all is to stay free.
+                self._remove_expired(there, Bounds(0, 0, min(own.free, whole // 2)), free)
         aged = self._known_age.at(time.monotonic(), time.time())
-        try:
-            free, whole = room_on(self._settings.journal.path)
-        except OSError:  # the directory is gone: writing says so
-            return
-        kept = [each for stream in self._streams.values() for each in stream.kept()]
-        free += sum(stream.going for stream in self._streams.values())
-        own = self._limits  # of a small disk not all is to stay free
-        limits = Bounds(own.size, own.age_seconds if aged else 0, min(own.free, whole // 2))
-        for going in expired(kept, limits, time.time_ns(), free):
+        self._remove_expired(streams, Bounds(own.size, own.age_seconds if aged else 0, 0))
+
+    def _remove_expired(self, streams: Sequence[StreamJournal], bounds: Bounds, free: int = 0) -> None:
+        kept = [each for stream in streams for each in stream.kept()]
+        for going in expired(kept, bounds, time.time_ns(), free):
             self._streams[going.segment.stream].remove(going)
 
     def _report(self) -> None:

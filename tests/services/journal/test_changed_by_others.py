@@ -1,6 +1,9 @@
 """Other programs remove, compress and move what the journal has on the disk, while it runs."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -124,3 +127,31 @@ def test_a_lock_follows_its_directory(tmp_path: Path, monkeypatch: pytest.Monkey
             Lock(directory)
     own.close()
     Lock(directory).close()
+
+
+DISK_OF_ITS_OWN = (
+    "mkdir -p {at} {disk} && mount -t tmpfs -o size=8m fanwire {disk} && ln -s {disk} {at}/messages && "
+    "exec {python} -m services.journal"
+)
+
+
+def test_each_disk_has_room_for_others(stack: Stack) -> None:
+    """A stream's directory is a link to another disk: `min_free` holds for that one, not where the link stands."""
+    new = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    if subprocess.run([*new, "mount", "-t", "tmpfs", "none", "/mnt"], check=False, capture_output=True).returncode:
+        pytest.skip("needs a mount namespace of its own")
+    directory = keep(stack, "bytes = 16777216")
+    settings = stack.directory / "fanwire.toml"
+    settings.write_text(settings.read_text().replace("min_free = 0", "min_free = 4194304"))
+    stack.start("broker")
+    script = DISK_OF_ITS_OWN.format(at=directory, disk=stack.directory / "disk", python=sys.executable)
+    journal = stack.spawn("journal", [*new, "sh", "-c", script], HONCHO_PROCESS_NAME="journal.1")
+    wait_until(lambda: journal.events("ready"), lambda: f"it is ready: {journal.text}")
+    with BusEnds(stack.bus) as bus:
+        worker = PlayedWorker(bus)
+        wait_wanted(worker.publisher, "datagrams/messages/")
+        for number in range(300):
+            worker.publish([b"%4d" % number * 250] * 20)
+        accounts_when(bus, "journal.1", lambda now: now[ACCOUNT].get(WRITTEN) == 6000)
+        now = accounts_when(bus, "journal.1", lambda now: now[ACCOUNT].get(EXPIRED, 0) > 0)[ACCOUNT]
+        assert 0 < now[KEPT_BYTES] <= 4 << 20
