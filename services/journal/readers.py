@@ -98,7 +98,7 @@ class Readers:
             batches = [*join(batches)]
         for identity, batch in batches:
             numbers = identity.worker, identity.boot, identity.sequence, identity.total
-            body = Replayed(request.id, batch.stream, batch.received_ns, *numbers)
+            body = Replayed(request.id, request.stream, batch.received_ns, *numbers)
             if not self._publish(request.reply, body, batch):
                 return False
         return self._publish(

@@ -99,14 +99,15 @@ def find_reached(directory: Path, stream: str, known: Mapping[int, Mapping[str, 
     """Return what each worker has reached with the batches that are there of a stream.
 
     The newest segment tells it, unless its beginning is damaged; then those before it do. By number, `known` has what
-    was read of some segments already.
+    was read of some segments already. Those of another stream, whose directory had this name given, tell nothing.
     """
     found: dict[str, Reached] = {}
     for segment in reversed(segments_in(directory, stream)[-MOST_LOOKED_AT:]):
         with suppress(OSError), SegmentReader(directory / stream / segment.name, segment) as reader:
-            own = known.get(segment.number) or {head.identity.worker: head.reached for head in reader.heads()}
+            heads = (head for head in reader.heads() if head.stream == stream)
+            own = known.get(segment.number) or {head.identity.worker: head.reached for head in heads}
             found = {**own, **found}
-            if (before := reader.reached_before()) is not None:
+            if own and (before := reader.reached_before()) is not None:
                 return before | found
     return found
 
@@ -137,7 +138,8 @@ def _recover(directory: Path, segment: Segment) -> Recovered:
             except RecordError:
                 continue
             end = head.end
-            reached[head.identity.worker] = head.reached
+            if head.stream == segment.stream:
+                reached[head.identity.worker] = head.reached
     if not end and size <= max(start, 1):  # nothing was in it
         path.unlink()
         sync_directory(directory)

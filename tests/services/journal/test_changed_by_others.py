@@ -11,7 +11,11 @@ import pytest
 
 from services.journal import stream_journal
 from services.journal.disk_thread import DiskThread
+from services.journal.readers import Readers
 from services.journal.stream_journal import StreamJournal
+from shared.bus.bodies.journal_messages import JournalPortion, JournalRead, Replayed
+from shared.bus.messages import Body
+from shared.datagrams.batch import DatagramBatch
 from shared.journal.directory import Lock, segments_in
 from shared.ledger.counters import EXPIRED, KEPT_BYTES, SEGMENTS, WRITTEN
 from shared.process.lifecycle import CANT_CREATE
@@ -133,6 +137,38 @@ DISK_OF_ITS_OWN = (
     "mkdir -p {at} {disk} && mount -t tmpfs -o size=8m fanwire {disk} && ln -s {disk} {at}/messages && "
     "exec {python} -m services.journal"
 )
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_directory_is_given_the_new_name_of_its_stream(tmp_path: Path, disk: DiskThread, sealed: bool) -> None:
+    """Its past is that of the new name; what workers count under that name has nothing to do with it."""
+    batch = batch_of([("192.0.2.1", 1, b"one")])
+    before = StreamJournal("flows", tmp_path, 1 << 30, disk)
+    before.open()
+    before.append(identities(rows=[1])[0], batch)
+    before.write()
+    if sealed:
+        before.seal()
+        wait_until(lambda: _sealed(before, disk), "it is sealed")
+    (tmp_path / "flows").rename(tmp_path / "netflow")
+    journal = StreamJournal("netflow", tmp_path, 1 << 30, disk)
+    journal.open()
+    assert journal.reached == {}
+    said: list[tuple[Body, DatagramBatch | None]] = []
+    readers = Readers(
+        lambda _topic, body, batch=None: said.append((body, batch)) or True,  # type: ignore[func-returns-value]
+        {"netflow": journal},
+    )
+    readers.add(JournalRead(1, "replay/forwarder.1.a/", "netflow", 0, []), memory_short=False)
+    readers.answer()
+    (replayed, came), (portion, _) = said
+    assert isinstance(replayed, Replayed)
+    assert replayed.stream == "netflow"
+    assert came is not None
+    assert list(came.datagrams()) == list(batch.datagrams())
+    assert isinstance(portion, JournalPortion)
+    assert portion.at_end
+    before.seal()  # which was killed
 
 
 def test_each_disk_has_room_for_others(stack: Stack) -> None:
