@@ -21,7 +21,7 @@ from shared.bus.zmq_sockets import check_directory
 from shared.capture.destination import destination_at
 from shared.fanout.resumption import Resumption
 from shared.fanout.streams import FollowedStreams
-from shared.journal.directory import Lock, segments_in, streams_in
+from shared.journal.directory import Lock, streams_in
 from shared.journal.encoding import cut
 from shared.journal.records import Identity
 from shared.journal.retention import Bounds, KnownAge, expired
@@ -102,7 +102,11 @@ class JournalService:
         """
         own = settings.journal
         fresh: dict[str, StreamJournal] = {}
-        for name in {*settings.journaled, *_once_kept(own.path)} - self._streams.keys():
+        try:
+            there = streams_in(own.path)
+        except OSError as error:
+            raise OperatorError(CANT_CREATE, f"{own.path}: {error.strerror}; {CURE}") from None
+        for name in {*settings.journaled, *there} - self._streams.keys():
             fresh[name] = StreamJournal(name, own.path, own.bytes, self._disk)
             try:
                 fresh[name].open()
@@ -322,12 +326,3 @@ def _lock(directory: Path) -> Lock:
 def _another(directory: Path) -> OperatorError:
     told = f"another journal writes in {directory}: stop it first, or set another [journal] directory"
     return OperatorError(CANT_CREATE, told)
-
-
-def _once_kept(directory: Path) -> list[str]:
-    """Return the streams of which there are segments, as far as this user may look."""
-    found = []
-    for name in streams_in(directory):
-        with suppress(OSError):
-            found += [name] if segments_in(directory, name, unreadable=True) else []
-    return found

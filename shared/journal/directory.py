@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from shared.journal.records import Reached, RecordError
 from shared.journal.segment_reader import UNREADABLE, SegmentReader
 from shared.journal.segment_writer import seal_left, sync_directory
 from shared.journal.segments import Segment, parse_name
+from shared.settings.values import Name
 
 DIRECTORY_MODE: Final = 0o750
 CHECKED: Final = 32 * 1024 * 1024
@@ -73,11 +76,15 @@ def _lock(directory: Path) -> int:
 
 
 def streams_in(directory: Path) -> list[str]:
-    """Return the streams that have a directory. OSError when it can't be read."""
+    """Return the streams of which there are segments. OSError when the directory can't be read.
+
+    Other directories are passed over, such as `lost+found`: those where this user may not look, or with names that no
+    stream has.
+    """
     found = []
     for path in directory.iterdir():
-        with suppress(OSError):  # a symbolic link that leads to itself, or where this user may not look
-            found += [path.name] if path.is_dir() else []
+        with suppress(OSError, msgspec.ValidationError):
+            found += [path.name] if segments_in(directory, msgspec.convert(path.name, Name), unreadable=True) else []
     return sorted(found)
 
 
@@ -88,7 +95,7 @@ def segments_in(directory: Path, stream: str, *, unreadable: bool = False) -> li
     """
     try:
         names = [each.name for each in (directory / stream).iterdir()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     found = [segment for name in names if (segment := parse_name(stream, name)) and (unreadable or segment.is_readable)]
     found.sort(key=lambda segment: (segment.number, segment.is_readable))

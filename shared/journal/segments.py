@@ -68,6 +68,8 @@ def parse_name(stream: str, name: str) -> Segment | None:
     except ValueError:
         return None
     began_ns = int(at.timestamp()) * SECOND + int(found[2])
+    if not 0 <= began_ns < 1 << 63:  # before 1970, or in centuries: no clock says so, and no message has such times
+        return None
     return Segment(stream, int(found[3]), began_ns, bool(found[4]), bool(found[5]), found[6] or "")
 
 

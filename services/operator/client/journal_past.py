@@ -79,8 +79,8 @@ def find_past(arguments: argparse.Namespace, settings: Settings) -> Wanted:
         raise OperatorError(USAGE, "--from has to be before --until")
     directory = arguments.directory or _directory(settings)
     try:
-        streams = [name for name in streams_in(directory) if segments_in(directory, name, unreadable=True)]
-        segments = segments_in(directory, arguments.stream, unreadable=True) if arguments.stream in streams else []
+        streams = streams_in(directory)
+        segments = [] if "/" in arguments.stream else segments_in(directory, arguments.stream, unreadable=True)
     except OSError as error:
         cure = "name it by --directory, and be its user or root"
         raise OperatorError(CANT_CREATE, f"no journal at {directory}: {error.strerror}; {cure}") from None

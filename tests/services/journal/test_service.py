@@ -1,5 +1,6 @@
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,33 @@ def test_a_reload_begins_and_ends_to_keep_a_stream(stack: Stack) -> None:
         accounts_when(bus, "journal.1", lambda now: now[ACCOUNT][SEGMENTS] == 1)
         batches, _ = PlayedReader(bus).ask()
         assert [rows for _, rows in batches] == [datagrams([b"one"])]
+        shutil.rmtree(directory)
+        directory.touch()
+        assert f"{directory}: Not a directory; set [journal] directory" in journal.reload()["event"]
+
+
+def test_what_is_beside_streams_is_let_alone(stack: Stack) -> None:
+    """Files and directories of others are in the journal's directory, also such as seem to be segments: they stay."""
+    directory = keep(stack, "age_seconds = 1")
+    foreign = directory / "netflow of 2019", directory / os.fsdecode(b"netflow\xff")
+    for each in foreign:
+        each.mkdir(parents=True)
+        (each / "20190101T000000.000000000Z-000001.pcapng").write_bytes(bytes(1000))
+    (directory / "messages").mkdir()
+    for name in ("99991231T235959.999999999Z-000001.pcapng", "00010101T000000.000000000Z-000002.pcapng", "notes.txt"):
+        (directory / "messages" / name).write_bytes(bytes(1000))
+    stack.start("broker")
+    stack.start("journal")
+    with BusEnds(stack.bus) as bus:
+        worker = PlayedWorker(bus)
+        wait_wanted(worker.publisher, "datagrams/messages/")
+        worker.publish([b"one"])
+        now = accounts_when(bus, "journal.1", lambda now: now[ACCOUNT].get(WRITTEN) == 1)
+        assert now[ACCOUNT][SEGMENTS] == 1
+        assert [name for name in now if name.startswith("journal/")] == [ACCOUNT]
+        batches, _ = PlayedReader(bus).ask()
+        assert [rows for _, rows in batches] == [datagrams([b"one"])]
+    assert all(len([*each.iterdir()]) == 1 for each in foreign)
 
 
 def test_a_slow_disk_is_waited_for_asleep(tmp_path: Path) -> None:

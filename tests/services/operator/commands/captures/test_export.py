@@ -1,10 +1,13 @@
+import errno
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from services.operator.client.journal_past import find_past, tell_losses
 from shared.capture.reader import CapturedDatagram, CaptureReader
 from shared.journal.segments import SECOND
 from shared.net.addresses import pack_address
+from shared.process.lifecycle import OperatorError
 from shared.settings.model import Settings
 from tests.shared.journal.filled import AT, batch_of, identities, write_segment
 from tests.stack import CHECKOUT, Stack
@@ -181,3 +185,37 @@ def test_a_capture_is_not_for_a_terminal(stack: Stack) -> None:
     os.close(ours)
     assert done.returncode == 64
     assert b"a capture is not for a terminal" in done.stderr
+
+
+def test_what_others_keep_beside_streams_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directories of others may be there, such as `lost+found`, which is root's: streams are found all the same.
+
+    One of a stream in which this user may not look is told of.
+    """
+    put, iterdir = fill(tmp_path, 1), Path.iterdir
+    fill(tmp_path / "notes", 1)
+    for name in ("lost+found", "secret"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "99991231T235959.999999999Z-000001.pcapng").touch()
+
+    def listed(path: Path) -> Iterator[Path]:
+        if path.name in ("lost+found", "secret"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+
+    def found(stream: str) -> int:
+        asked = Namespace(stream=stream, since="", until="now", source=None, directory=tmp_path)
+        return sum(len(batch) for batch, _ in find_past(asked, Settings()).past.batches())
+
+    assert found("flows") == len(put)
+    for stream, words in (
+        ("secret", f"no journal at {tmp_path}: Permission denied"),
+        ("file", "the journal has nothing of 'file'; it keeps: flows"),
+        ("notes", "the journal has nothing of 'notes'; it keeps: flows"),
+        ("notes/flows", "the journal has nothing of 'notes/flows'"),
+    ):
+        with pytest.raises(OperatorError, match=re.escape(words)):
+            found(stream)
