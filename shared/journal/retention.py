@@ -1,7 +1,7 @@
 """The choice of what has to go from the journal: whole segments, the oldest first. No I/O."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Final
 
 from shared.journal.segments import SECOND, Segment
@@ -70,11 +70,14 @@ def expired(kept: Iterable[Kept], limits: Bounds, now_ns: int, free: int) -> lis
     [1]
     >>> [each.segment.number for each in expired([two, one], Bounds(0, 0, 500), 9 * SECOND, 350)]
     [1, 2]
+    >>> ahead = Kept(Segment("s", 1, 0), 100, 99 * SECOND)
+    >>> [each.segment.number for each in expired([two, ahead], Bounds(150, 0, 0), 9 * SECOND, 0)]
+    [1]
     >>> stuck = Kept(one.segment, 100, one.ended_ns, stuck=True)
     >>> [each.segment.number for each in expired([two, stuck], Bounds(150, 0, 0), 9 * SECOND, 0)]
     [1, 2]
     """
-    kept = sorted(kept, key=lambda each: (each.ended_ns, each.segment.stream, each.segment.number))
+    kept = sorted(_timed(kept, now_ns), key=lambda each: (each.ended_ns, each.segment.stream, each.segment.number))
     over = sum(each.size for each in kept) - limits.size if limits.size else 0
     short = limits.free - free if limits.free else 0
     going = []
@@ -86,3 +89,12 @@ def expired(kept: Iterable[Kept], limits: Bounds, now_ns: int, free: int) -> lis
         if not each.stuck:
             over, short = over - each.size, short - each.size
     return going
+
+
+def _timed(kept: Iterable[Kept], now_ns: int) -> Iterator[Kept]:
+    """Yield segments; one of a time to come, as the clock was set back since, with that of its successor."""
+    following: dict[str, int] = {}
+    for each in sorted(kept, key=lambda each: each.segment.number, reverse=True):
+        stream = each.segment.stream
+        following[stream] = each.ended_ns if each.ended_ns <= now_ns else following.get(stream, now_ns)
+        yield replace(each, ended_ns=following[stream]) if each.ended_ns > now_ns else each

@@ -3,6 +3,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from shared.journal.reading import PastBatches
 from shared.journal.records import Identity, Reached
 from shared.journal.retention import Bounds, expired
 from shared.journal.segment_writer import SegmentWriter
-from shared.journal.segments import Segment
+from shared.journal.segments import SECOND, Segment
 from shared.ledger.counters import DISK_ERROR, DISK_FULL, EXPIRED, KEPT_BYTES, SEGMENTS, TAKEN, WRITE_ERRNO, WRITTEN
 from shared.settings.model import Settings
 from shared.settings.tables import Journal
@@ -410,6 +411,24 @@ def test_a_clock_that_is_ahead_for_a_while_costs_no_past(
 
     assert [left_after(1, 1e7), left_after(60), left_after(1, -1e7), left_after(4000)] == [6, 6, 6, 6]
     assert [left_after(1, 1e7), left_after(3598), left_after(2)] == [6, 6, 0]
+
+
+def test_a_clock_that_was_ahead_makes_nothing_new_go_first(
+    tmp_path: Path, disk: DiskThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock was a year ahead, and set right: what was kept meanwhile is the oldest, by size and by age."""
+    journal = left_by_two_workers(tmp_path, disk, monkeypatch)
+    now_ns, year = time.time_ns(), 365 * 86_400
+    for number, each in journal._kept.items():
+        journal._kept[number] = replace(each, ended_ns=now_ns + (number - 10 + year * (number < 4)) * SECOND)
+    size = sum(each.size for each in journal.kept())
+
+    def going(bounds: Bounds, seconds: int = 0) -> list[int]:
+        return sorted(each.segment.number for each in expired(journal.kept(), bounds, now_ns + seconds * SECOND, 0))
+
+    assert going(Bounds(size - 1, 0, 0)) == [1]
+    assert going(Bounds(1, 0, 0)) == [1, 2, 3, 4, 5, 6]
+    assert going(Bounds(0, 86_400, 0), 86_400 - 5) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("damaged", [0, 1, 3])
