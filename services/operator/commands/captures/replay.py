@@ -20,6 +20,7 @@ from services.operator.client.gateway_options import add_gateway_arguments, open
 from services.operator.client.journal_past import Wanted, add_past_arguments, find_past, shown, tell_losses
 from services.operator.client.running_streams import streams_of
 from shared.bus.bodies.journal_messages import JournalPlace
+from shared.journal.segments import LATE_NS
 from shared.net.addresses import pack_address, parse_endpoint
 from shared.net.multicast import is_multicast
 from shared.net.netlink import RTN_BROADCAST, RTN_LOCAL, Netlink
@@ -209,11 +210,22 @@ class Pace:
     def __init__(self, rate: float | None, speed: float) -> None:
         self._rate, self._speed = rate, speed
         self._began = time.monotonic()
-        self._count, self._first_ns = 0, -1
+        self._count, self._first_ns, self._newest_ns = 0, -1, 0
+        self._ahead_ns = 0
+        """The newest time before the clock was set back, if it was."""
 
     def wait(self, received_ns: int) -> float:
-        """Return the seconds until the next datagram may leave; none where it is late, or times go back."""
+        """Return the seconds until the next datagram may leave; none where it is late.
+
+        Where the clock was set back, what follows keeps its pace. Of another worker some of before may come behind it.
+        """
         self._first_ns = received_ns if self._first_ns < 0 else self._first_ns
+        if received_ns < self._newest_ns - LATE_NS:
+            self._first_ns -= self._newest_ns - received_ns
+            self._ahead_ns, self._newest_ns = self._newest_ns, received_ns
+        if abs(received_ns - self._ahead_ns) < LATE_NS < received_ns - self._newest_ns:
+            received_ns = self._newest_ns
+        self._newest_ns = max(self._newest_ns, received_ns)
         after = self._count / self._rate if self._rate else (received_ns - self._first_ns) / 1e9 / self._speed
         self._count += 1
         return self._began + after - time.monotonic()

@@ -219,3 +219,19 @@ def test_a_bar_shows_how_far_it_is(stack: Stack) -> None:
     assert code == 0
     assert b"%" in shown
     assert b"datagrams sent" in shown
+
+
+def test_the_pace_is_kept_where_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was an hour ahead: what was received after it was set back leaves as fast as it came, and not at once.
+
+    A batch of before, which another worker has handed on late, waits for nothing.
+    """
+    now, hour = [0.0], 3600
+    monkeypatch.setattr(replay, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    pace = replay.Pace(None, 1.0)
+    waits = []
+    for second in (hour, hour + 1, 1.5, hour + 1.2, 2.5, 3.5, hour - 30, hour - 15, hour, hour + 3):
+        wait = pace.wait(int((1e9 + second) * 1e9))
+        waits.append(round(wait, 3))
+        now[0] += max(0.0, wait)
+    assert waits == [0, 1, 0, 0, 1, 1, hour - 33.5, 15, 15, 3]
