@@ -183,6 +183,7 @@ class CatchUp(Generic[D]):
                     self._pursue(client, stream, returning=returning)
         self._begun = {client.name: client.generation for client in clients.values()}
         here = cache(lambda streams: [place for stream in streams for place in self._places("", stream, 0)])
+        self._progress.follow(self._collectors.elsewhere)
         self._left_off.follow(self._collectors.elsewhere, lambda client: here(self._unjournaled(client)))
         self._watch()
 

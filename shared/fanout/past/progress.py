@@ -16,7 +16,7 @@ from shared.fanout.past.journal_questions import Pursued
 from shared.fanout.past.window import Worker
 
 MAX_LEFT: Final = 1024
-"""Collectors that have left and are told of again to a gateway that was restarted; the first to leave go first."""
+"""Collectors that have left, and that no other node serves, whose places are known; the first to leave go first."""
 
 
 class Progress:
@@ -35,9 +35,15 @@ class Progress:
         """Tell that a collector has left: it has had what was received before `since_ns`, or is before its places."""
         self._left.pop(client.name, None)
         self._left[client.name] = client.generation, since_ns, tuple(places)
-        while len(self._left) > MAX_LEFT:
-            del self._left[next(iter(self._left))]
         self._publish([self._report_left(client.name)])
+
+    def follow(self, elsewhere: Iterable[Client]) -> None:
+        """Forget the first of those that have left, beyond a number: not those that another node serves now."""
+        if len(self._left) > MAX_LEFT:
+            names = {client.name for client in elsewhere}
+            gone = [name for name in self._left if name not in names]
+            for name in gone[: max(0, len(gone) - MAX_LEFT)]:
+                del self._left[name]
 
     def resume(self, name: str, resume: Resume) -> Resume:
         """Return where a name goes on: where it was seen to leave, if under the generation that the registry means."""

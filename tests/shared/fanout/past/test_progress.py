@@ -4,7 +4,7 @@ from typing import cast
 from shared.bus.bodies.journal_messages import CatchUpReport
 from shared.bus.zmq_sockets import Publisher
 from shared.client import MAX_PLACES, Place, Resume
-from shared.fanout.past.progress import Progress
+from shared.fanout.past.progress import MAX_LEFT, Progress
 from tests.builders import make_client
 
 
@@ -21,3 +21,22 @@ def test_all_places_are_known_where_a_collector_has_left() -> None:
     known = Resume(2000, 5, tuple(places[-MAX_PLACES:]), twice_until_ns=3000)
     assert told[0].behind[0].places == list(known.places)
     assert progress.resume("siem", known) == Resume(1000, 5, tuple(places), twice_until_ns=3000)
+
+
+def test_the_places_of_all_that_another_node_serves_are_known() -> None:
+    """More collectors than are told of again leave this node at once, as it holds: all go on where it left them off.
+
+    Of those that are in no registry any more the last ones are known.
+    """
+    played = SimpleNamespace(wanted=lambda _: False, publish=None)
+    progress = Progress(cast(Publisher, played), "relay")
+    clients = [make_client(f"c{number}", 9, generation=5) for number in range(MAX_LEFT + 10)]
+    place = Place("messages", "ingest.1", 1, 7, 70, 1)
+    for client in clients:
+        progress.note_left(client, 1000, [place])
+    told = Resume(2000, 5)
+    progress.follow(clients)
+    assert {progress.resume(client.name, told) for client in clients} == {Resume(1000, 5, (place,))}
+    progress.follow(clients[:3])
+    known = [client for client in clients if progress.resume(client.name, told).places]
+    assert known == [*clients[:3], *clients[-MAX_LEFT:]]
