@@ -305,13 +305,20 @@ class Member:
 
     async def _write_pasts(self, bucket: BucketLog) -> None:
         while True:
-            await self._past_wanted.wait()
-            self._past_wanted.clear()
             while self._pasts:
                 name, write = next(iter(self._pasts.items()))
-                await bucket.put(write)
+                try:
+                    await bucket.put(write)
+                except LogError as error:  # where the connection fails, the session ends it
+                    self._troubles.say(f"places {name}", f"{error}: the place that {name} has reached is not kept")
+                    self._pasts[name] = self._pasts.pop(name)  # the others go first
+                    await asyncio.sleep(BEAT_SECONDS)
+                    continue
                 if self._pasts[name] is write:
                     del self._pasts[name]
+            self._troubles.end("places", "places that collectors have reached are all kept again")
+            self._past_wanted.clear()
+            await self._past_wanted.wait()
 
 
 def _setting(event: asyncio.Event) -> Callable[[], Awaitable[None]]:
