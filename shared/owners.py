@@ -23,7 +23,8 @@ Minority = Literal["serve", "hold"]
 LEFT_OFF: Final = "/"
 """In place of an owner: this node was that, and nobody is. No node is called so."""
 RESUME_SECONDS: Final = 10.0
-"""Time within which a collector that was taken over goes on where its last node has stopped."""
+"""Time within which a collector that was taken over goes on where its last node has stopped; for as long the uplink
+knows for certain where a silent node was."""
 TOGETHER_SECONDS: Final = 20.0
 """Time within which the first of nodes that start together joins."""
 BRING_SECONDS: Final = 3.0
@@ -116,8 +117,8 @@ class Owners:
         changed = self._serve(body.serving)
         self._states = {node.name: node.state for node in body.nodes}
         for node in body.nodes:
-            steady = node.state != "live" or (self.settled and not changed) or node.name not in self._told
-            if steady and _serves(node):
+            steady = node.state != "live" or (self.settled and not changed)
+            if _serves(node) and (node.name not in self._told or (steady and node.age_ms < 1000 * RESUME_SECONDS)):
                 self._told[node.name] = node
             if node.state == "live" and node.serving and self.own not in node.serving:
                 self._views[node.name] = self._heard_at, node.serving

@@ -127,6 +127,22 @@ def test_collectors_of_a_node_that_is_gone_resume_where_it_was(state: NodeState)
     assert all(client.resume is None for client in found.split(clients(), "relay")[0].values())
 
 
+def test_a_node_that_is_silent_for_long_was_where_it_was_heard_last() -> None:
+    """Two nodes die, so nobody serves; one comes back when the uplink knows no more where the other one was."""
+    found, _ = owners("hold")
+    found.note(told(b="live", c="live"))
+    found.split(clients(), "relay")
+    found.note(msgspec.structs.replace(told(majority=False, b="silent", c="silent"), serving=()))
+    assert not found.split(clients(), "relay")[0]
+    further = {"relay": [msgspec.structs.replace(PLACES[0], total=900)]}
+    late = Node("b", "silent", 16_000, 0, 33, further, serving=("a", "b", "c"))
+    healed = told(c="live")
+    found.note(msgspec.structs.replace(healed, nodes=[*healed.nodes, late]))
+    after, _ = found.split(clients(), "relay")
+    of_b = [client for name, client in after.items() if owner_of(name, "abc") == "b"]
+    assert {client.resume.places for client in of_b if client.resume} == {(PLACES[0],)}
+
+
 def test_a_collector_that_has_just_come_resumes_nothing() -> None:
     """A collector that signs up, or signs up anew, begins with what comes from then on."""
     found, _ = owners()
