@@ -13,7 +13,7 @@ from typing import Final, Literal, Self
 
 import msgspec
 
-from shared.bus.bodies.nodes_message import Node, Nodes, NodeState
+from shared.bus.bodies.nodes_message import MOST_PENDING, Node, Nodes, NodeState
 from shared.client import MAX_PLACES, Client, Place, Resume, Source
 from shared.settings.uplink import Uplink
 
@@ -123,6 +123,9 @@ class Owners:
             if node.state == "live" and node.serving and self.own not in node.serving:
                 self._views[node.name] = self._heard_at, node.serving
         self.settled = self.settled and not changed
+        if any(node.pending > MOST_PENDING for node in body.nodes):
+            until = self._heard_at + RESUME_SECONDS  # what comes as late may come twice, too
+            self._resumes = {key: (until, resume) for key, (_, resume) in self._resumes.items()}
         return changed
 
     def check(self) -> bool:

@@ -120,7 +120,10 @@ class Departed(Generic[D]):
 
 def count_received_before(time_ns: int, batch: Gathered, selection: Selection) -> int:
     """Return how many of the selected rows were received before a time, in ns since 1970."""
-    rows = np.repeat([each.received_ns < time_ns for each in batch.batches], [len(each) for each in batch.batches])
+    early = [each.received_ns < time_ns for each in batch.batches]
+    if not any(early):
+        return 0
+    rows = np.repeat(early, [len(each) for each in batch.batches])
     return int(np.count_nonzero(rows if selection.indices is None else rows[selection.indices]))
 
 

@@ -127,6 +127,28 @@ def test_collectors_of_a_node_that_is_gone_resume_where_it_was(state: NodeState)
     assert all(client.resume is None for client in found.split(clients(), "relay")[0].values())
 
 
+def test_what_comes_late_is_told_apart_for_as_long_as_it_comes() -> None:
+    """While messages of other nodes are still to come, what comes of them may come twice, however late that is."""
+    found, clock = owners()
+    found.note(told(b="live", c="live"))
+    found.split(clients(), "relay")
+    found.note(told(b="silent", c="live"))
+    taken = [name for name, client in found.split(clients(), "relay")[0].items() if client.resume]
+    nodes = told(b="silent", c="live")
+    slow = msgspec.structs.replace(
+        nodes, nodes=[msgspec.structs.replace(node, pending=1000 * (node.name == "b")) for node in nodes.nodes]
+    )
+    for _ in range(100):
+        clock.now += 1
+        found.note(slow)
+        assert not found.check()
+    own, _ = found.split(clients(), "relay")
+    assert taken == [name for name, client in own.items() if client.resume and client.resume.twice_until_ns]
+    clock.now += RESUME_SECONDS
+    found.note(nodes)
+    assert found.check()
+
+
 def test_a_node_that_is_silent_for_long_was_where_it_was_heard_last() -> None:
     """Two nodes die, so nobody serves; one comes back when the uplink knows no more where the other one was."""
     found, _ = owners("hold")

@@ -17,7 +17,7 @@ from services.uplink.nodes.cluster import SENDERS, Cluster
 from services.uplink.nodes.membership import BEAT_SECONDS
 from services.uplink.session import Ack, Session
 from services.uplink.subjects import Origin, unparse_subject
-from shared.bus.bodies.nodes_message import NODES_TOPIC, NodeState
+from shared.bus.bodies.nodes_message import MOST_PENDING, NODES_TOPIC, NodeState
 from shared.bus.messages import Envelope, Status, status_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
 from shared.ledger.counters import MESSAGES_UNREADABLE, NOT_AWAITED
@@ -33,8 +33,6 @@ HEAR_SECONDS: Final = 1.0
 """Time for which a new connection is in use, before this node may say that it has caught up."""
 RING_SECONDS: Final = 2.5
 """Time for which senders here have kept what comes, before they may take over: others' last places are not older."""
-MOST_PENDING: Final = 64
-"""Messages of another node that may still be to come, once this one has caught up."""
 PATIENCE_SECONDS: Final = 15.0
 """Time after which a node serves that does not learn what is still to come, or senders elsewhere do not come along.
 

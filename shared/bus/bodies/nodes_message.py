@@ -12,6 +12,8 @@ NODES_TOPIC: Final = "nodes/"
 MAX_NODES: Final = 64
 MAX_NODE_PLACES: Final = 1024
 """Workers of a node, each at each stream, whose place is told."""
+MOST_PENDING: Final = 64
+"""Messages of a node that may still be to come to another one that has caught up."""
 NodeName = Annotated[str, Meta(min_length=1, max_length=32)]
 Serving = Annotated[tuple[NodeName, ...], Meta(max_length=MAX_NODES)]
 NodeState = Literal["joining", "live", "left", "silent"]

@@ -17,8 +17,8 @@ from services.uplink.nodes import node as module
 from services.uplink.nodes.beats import beat_subject, unparse_beat
 from services.uplink.nodes.cluster import Cluster
 from services.uplink.nodes.membership import BEAT_SECONDS
-from services.uplink.nodes.node import LOOK_SECONDS, MOST_PENDING, Node
-from shared.bus.bodies.nodes_message import Nodes
+from services.uplink.nodes.node import LOOK_SECONDS, Node
+from shared.bus.bodies.nodes_message import MOST_PENDING, Nodes
 from shared.bus.messages import Envelope, Status
 from shared.client import Resume
 from shared.fanout.past.rings import RING_SECONDS

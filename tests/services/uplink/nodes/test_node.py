@@ -12,7 +12,8 @@ from services.uplink.nodes import node as module
 from services.uplink.nodes.beats import Beat, Reached, State, beat_subject, unparse_beat
 from services.uplink.nodes.cluster import SETTLE_SECONDS, Cluster
 from services.uplink.nodes.membership import BEAT_SECONDS, SILENT_SECONDS
-from services.uplink.nodes.node import HEAR_SECONDS, LOOK_SECONDS, MOST_PENDING, PATIENCE_SECONDS, Node
+from services.uplink.nodes.node import HEAR_SECONDS, LOOK_SECONDS, PATIENCE_SECONDS, Node
+from shared.bus.bodies.nodes_message import MOST_PENDING
 from shared.bus.messages import Envelope, Status
 from shared.client import Source
 from shared.ledger.counters import NOT_AWAITED
