@@ -52,13 +52,13 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 def _write(
     lifecycle: Lifecycle, wanted: Wanted, descriptor: int, stream: str, progress: Progress
 ) -> tuple[int, int, int]:
-    """Write the datagrams; return their number, and the times of the first and the last."""
+    """Write the datagrams; return their number, and the earliest and the latest time of one."""
     writer = CaptureWriter(descriptor, stream, Destination())
     written = first_ns = last_ns = 0
     for batch, rows, destination in wanted.batches():
         writer.write(batch, rows, destination)
-        first_ns = first_ns or batch.received_ns
-        last_ns, written = batch.received_ns, written + len(rows)
+        first_ns, last_ns = min(first_ns or batch.received_ns, batch.received_ns), max(last_ns, batch.received_ns)
+        written += len(rows)
         progress.show(written)
         if lifecycle.draining:
             break

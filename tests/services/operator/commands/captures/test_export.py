@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from services.operator.client.journal_past import find_past, tell_losses
+from services.operator.client.journal_past import find_past, shown, tell_losses
 from shared.capture.reader import CapturedDatagram, CaptureReader
 from shared.journal.segments import SECOND
 from shared.net.addresses import pack_address
@@ -185,6 +185,17 @@ def test_a_capture_is_not_for_a_terminal(stack: Stack) -> None:
     os.close(ours)
     assert done.returncode == 64
     assert b"a capture is not for a terminal" in done.stderr
+
+
+def test_a_clock_that_was_set_back_is_no_past_that_ends_before_it_begins(stack: Stack) -> None:
+    """The clock was an hour ahead: what is said of the time that an export has is its earliest and its latest."""
+    directory, now_ns = stack.directory / "journal", time.time_ns()
+    times = [now_ns - seconds * SECOND for seconds in (1000, 7200, 7100)]
+    batches = [batch_of([("192.0.2.1", 1, b"one")], at) for at in times]
+    write_segment(directory / "flows", zip(identities(rows=[1] * 3), batches, strict=True))
+    code, found, said = export(stack, "--stream", "flows", "--directory", str(directory))
+    assert (code, [each.captured_ns for each in found]) == (0, times)
+    assert f"3 datagrams of flows, from {shown(times[1])} to {shown(times[0])}" in said
 
 
 def test_what_others_keep_beside_streams_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
