@@ -3,12 +3,9 @@
 What waits for an answer does so in a thread of its own, which does not keep the console from ending.
 """
 
-import asyncio
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from services.console.guard import Holder
 from services.console.watch import PICTURE_SECONDS, Watch
@@ -18,6 +15,7 @@ from shared.log import PROBED_BY_ADMIN, REMOVED_BY_ADMIN, get_logger
 from shared.monitoring.balance import ORIGINAL_SENDERS
 from shared.monitoring.finding import Finding
 from shared.monitoring.probe import Ledger, probe
+from shared.process.event_loop import in_daemon_thread
 from shared.process.lifecycle import UNAVAILABLE, OperatorError
 from shared.process.registry_client import Access, RefusedError, RegistryClient
 from shared.settings.entries import Stream
@@ -30,7 +28,6 @@ MAX_NAME_SHOWN: Final = 100
 
 Said = tuple[int, str]
 """The status of an answer, and its sentence."""
-T = TypeVar("T")
 
 log = get_logger()
 
@@ -66,7 +63,7 @@ class Admin:
                 registry.ask(op, **fields)
 
         try:
-            await _in_thread(ask)
+            await in_daemon_thread(ask)
         except RefusedError as refused:
             return 409, str(refused)
         except OperatorError as error:
@@ -83,7 +80,7 @@ class Admin:
         log.info(PROBED_BY_ADMIN, stream=name, by=holder.name)
         self._probing = True
         try:
-            found = [await _in_thread(self._probe_of(holder, stream, source)) for source in self._sources()]
+            found = [await in_daemon_thread(self._probe_of(holder, stream, source)) for source in self._sources()]
         finally:
             self._probing = False
         return 200, "\n".join(f"{each.level}: {each.why}" + (f"; {each.cure}" if each.cure else "") for each in found)
@@ -111,29 +108,3 @@ class Admin:
             )
         patience = ANSWER_SECONDS + self.settings.gateway.serve_seconds
         return RegistryClient(Access(endpoint, token=holder.secret), patience)
-
-
-async def _in_thread(work: Callable[[], T]) -> T:
-    """Return the result of work that waits. asyncio's own threads would have to end before the console could."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work()
-        except Exception as raised:
-            error = raised
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return await done

@@ -1,38 +1,42 @@
-"""The event loop of a service that connects to hosts by name: the end of the process waits for no resolver."""
+"""An event loop for services that wait for others, and whose end is not to wait for them."""
 
 import asyncio
 import socket
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from concurrent.futures import Future
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def in_daemon_thread(work: Callable[[], T]) -> T:
+    """Return the result of work that waits. The end of the process would wait for asyncio's own threads.
+
+    RuntimeError: this process may have no more threads.
+    """
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # from now on it can't be cancelled: a result that nobody wants is dropped
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """Looks names up in daemon threads. asyncio's own threads are waited for, by getaddrinfo(3) for a minute."""
+    """Looks names up in daemon threads: getaddrinfo(3) may take a minute."""
 
     async def getaddrinfo(self, host: Any, port: Any, **hints: int) -> list[Any]:
         """Return the addresses of a host."""
-        answer: asyncio.Future[list[Any]] = self.create_future()
-
-        def set_unless_given_up(set_answer: Callable[[Any], None], what: object) -> None:
-            if not answer.done():
-                set_answer(what)
-
-        def look_up() -> None:
-            told: tuple[Callable[[Any], None], object]
-            try:
-                told = answer.set_result, socket.getaddrinfo(host, port, **hints)
-            except (OSError, UnicodeError) as error:
-                told = answer.set_exception, error
-            with suppress(RuntimeError):  # the loop is closed
-                self.call_soon_threadsafe(set_unless_given_up, *told)
-
         try:
-            Thread(target=look_up, name="host lookup", daemon=True).start()
-        except RuntimeError as error:  # as many threads as this process may have
+            return await in_daemon_thread(lambda: socket.getaddrinfo(host, port, **hints))
+        except RuntimeError as error:
             raise socket.gaierror(socket.EAI_AGAIN, str(error)) from None
-        return await answer
 
 
 def run_loop(main: Coroutine[Any, Any, None]) -> None:
