@@ -11,8 +11,8 @@ from services.ingest.flows.exporters import ExporterTracker
 from services.ingest.template_feed import TemplateFeed
 from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.loans.lender import CHUNK, LENT_SIZE, Loan, Pool, Room
-from shared.bus.messages import MAX_MESSAGE, Datagrams, datagrams_topic, exporters_topic, inline_topic
-from shared.bus.publishing.exporter_shares import ExporterShares
+from shared.bus.messages import MAX_MESSAGE, Datagrams, datagrams_topic, inline_topic
+from shared.bus.publishing.exporter_shares import SharesPublisher
 from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import ROW, DatagramBatch, Generations, Rows
@@ -63,8 +63,7 @@ class StreamFeed:
         self._held = held or HeldBatches(publisher)
         self._totals = KeptFile(None).new_counts() if totals is None else totals
         self._inline = inline_topic(stream)
-        self._exporters_topic = exporters_topic(publisher.sender)
-        self._shares: ExporterShares | None = None
+        self._shares = SharesPublisher(stream, publisher)
         self._templates = TemplateFeed(stream, publisher)
 
     def look_for(self, protocol: Protocol | None) -> None:
@@ -158,8 +157,7 @@ class StreamFeed:
         sent = self._publisher.publish(self.topic, body, batch)
         self.account[PUBLISHED if sent else BUS_FULL] += len(rows)
         self._totals[PUBLISHED] = self.account[PUBLISHED]
-        if self._shares:
-            self._shares.note(rows)
+        self._shares.note(rows)
         if sent and self._held.due_at and self._held.wants(self.stream):
             self._held.add(body, len(rows), rows.tobytes(), batch.packed())
         if sent and loan and self._pool:
@@ -180,8 +178,7 @@ class StreamFeed:
         self._totals[PUBLISHED] = self.account[PUBLISHED]
         if sent and self._held.due_at and self._held.wants(self.stream):
             self._held.add(body, count, rows, payload)
-        if self._shares:
-            self._shares.note(rows)
+        self._shares.note(rows)
 
     def _body(
         self, received_ns: int, loan: int, chunk: int | None, stride: int, copied: Generations | None
@@ -194,15 +191,8 @@ class StreamFeed:
         return Datagrams(self.stream, received_ns, loan, chunk, stride, 0, first if alike else 0, column)
 
     def tell_exporters(self) -> None:
-        """Publish the shares of exporters since the last call; count them only while somebody subscribes."""
-        if not self._publisher.wanted(self._exporters_topic):
-            self._shares = None
-        elif self._shares is None:
-            self._shares = ExporterShares(self.stream)
-        else:
-            self._publisher.publish(
-                self._exporters_topic, self._shares.take(self.exporters.missed() if self.exporters else None)
-            )
+        """Publish the shares of exporters since the last call. Due every second."""
+        self._shares.publish(self.exporters.missed if self.exporters else None)
 
     def greet(self, prefixes: Collection[str]) -> None:
         """Tell new subscribers the place in the sequence, or the templates, as they ask for; and what is owed."""

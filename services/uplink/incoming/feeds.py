@@ -10,8 +10,8 @@ import numpy as np
 
 from services.uplink.incoming.doubles import OWN, Doubles, without
 from shared.bus.kept_counts import KeptCounts
-from shared.bus.messages import Datagrams, datagrams_topic, exporters_topic
-from shared.bus.publishing.exporter_shares import ExporterShares
+from shared.bus.messages import Datagrams, datagrams_topic
+from shared.bus.publishing.exporter_shares import SharesPublisher
 from shared.bus.publishing.held_batches import HeldBatches
 from shared.bus.publishing.kept_totals import KeptTotals
 from shared.bus.zmq_sockets import Publisher
@@ -37,8 +37,7 @@ class Feed:
         self._publisher = publisher
         self._held = held
         self._totals = totals
-        self._exporters_topic = exporters_topic(publisher.sender)
-        self._shares: ExporterShares | None = None
+        self.shares = SharesPublisher(stream, publisher)
 
     @property
     def published(self) -> int:
@@ -83,23 +82,13 @@ class Feed:
                 return False
             if self._held.due_at:
                 self._held.add(body, len(rows), arrays[0], bytes(payload))
-            if self._shares:
-                self._shares.note(rows)
+            self.shares.note(rows)
         fate = PUBLISHED if wanted else NO_SUBSCRIBER
         self.account[RECEIVED] += len(rows)
         self.account[BYTES] += len(payload)
         self.account[fate] += len(rows)
         self._totals[fate] = self.account[fate]
         return True
-
-    def tell_exporters(self) -> None:
-        """Publish the shares of exporters since the last call; count them only while somebody subscribes."""
-        if not self._publisher.wanted(self._exporters_topic):
-            self._shares = None
-        elif self._shares is None:
-            self._shares = ExporterShares(self.stream)
-        else:
-            self._publisher.publish(self._exporters_topic, self._shares.take())
 
     def mark(self) -> None:
         """Tell a new subscriber the place in the sequence, by a batch without rows; owed while the bus takes none."""
@@ -167,7 +156,7 @@ class Feeds:
         """Do what is due each second."""
         self._totals.keep()
         for feed in self._by_stream.values():
-            feed.tell_exporters()
+            feed.shares.publish()
 
     def accounts(self) -> Accounts:
         """Return an account a stream."""

@@ -3,11 +3,14 @@
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
 
 from shared.bus.bodies.exporters_message import MAX_TOLD, Exporters
+from shared.bus.messages import exporters_topic
+from shared.bus.zmq_sockets import Publisher
 from shared.datagrams.batch import ROW, Rows
 
 EXAMINED: Final = 8192
@@ -62,3 +65,27 @@ class ExporterShares:
         self._every = max(1, int(self._rows / seconds) // EXAMINED)
         self._begin()
         return message
+
+
+class SharesPublisher:
+    """Publishes the shares of a stream's exporters each second, and counts them only while somebody subscribes."""
+
+    def __init__(self, stream: str, publisher: Publisher) -> None:
+        self._stream = stream
+        self._publisher = publisher
+        self._topic = exporters_topic(publisher.sender)
+        self._shares: ExporterShares | None = None
+
+    def note(self, rows: Rows | bytes) -> None:
+        """Note rows that were published, as `ExporterShares` does."""
+        if self._shares:
+            self._shares.note(rows)
+
+    def publish(self, missed: Callable[[], Counter[bytes]] | None = None) -> None:
+        """Publish the shares since the last call. Due every second."""
+        if not self._publisher.wanted(self._topic):
+            self._shares = None
+        elif self._shares is None:
+            self._shares = ExporterShares(self._stream)
+        else:
+            self._publisher.publish(self._topic, self._shares.take(missed and missed()))
