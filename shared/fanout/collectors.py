@@ -11,9 +11,9 @@ from shared.bus.kept_counts import Sheet
 from shared.client import ALL_STREAMS, Client
 from shared.datagrams.gathered import Gathered, Mask
 from shared.datagrams.routing import ALL_ROWS, Router, Selection, takes_all
+from shared.fanout.catch_up.past_routes import PastRoutes
 from shared.fanout.health import Checkup, Symptom
 from shared.fanout.kernel_copies import KernelRules
-from shared.fanout.past.past_routes import PastRoutes
 from shared.fanout.sending.fair_shares import FairShares
 from shared.fanout.sending.overlaps import Overlaps
 from shared.fanout.served import PASSED, UNSEEN, D, Departed, Served, count_received_before, count_rows

@@ -29,10 +29,10 @@ from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
 from shared.fanout.awaited_rules import AwaitedRules
+from shared.fanout.catch_up.catch_up import JOURNAL, CatchUp
 from shared.fanout.collectors import Collectors
 from shared.fanout.health_report import HealthReporter
 from shared.fanout.kernel_copies import KernelRules
-from shared.fanout.past.catch_up import JOURNAL, CatchUp
 from shared.fanout.registry_replica import RegistryReplica
 from shared.fanout.resumption import Resumption
 from shared.fanout.sending.copy_sender import CopySender

@@ -9,7 +9,7 @@ from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.messages import Datagrams, Message, Status
 from shared.bus.zmq_sockets import Subscriber
 from shared.datagrams.batch import DatagramBatch
-from shared.fanout.past.window import Worker
+from shared.fanout.catch_up.window import Worker
 from shared.fanout.resumption import Resumption
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams, Unserved
 from shared.ledger.accounts import Accounts

@@ -8,7 +8,7 @@ from typing import Final
 from services.uplink.packs import UNKNOWN, Pack
 from shared.bus.kept_counts import KeptCounts
 from shared.client import Place
-from shared.fanout.past.window import Worker
+from shared.fanout.catch_up.window import Worker
 
 CURSOR: Final = "cursor/"
 TOTAL, SEQUENCE, RECEIVED, BEGUN = "total", "sequence", "received_ns", "begun"

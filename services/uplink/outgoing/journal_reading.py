@@ -11,8 +11,8 @@ from shared.bus.bodies.journal_messages import JournalPortion
 from shared.bus.kept_counts import KeptCounts
 from shared.bus.messages import Message, Status, status_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
-from shared.fanout.past.journal_questions import JournalQuestions, JournalReports
-from shared.fanout.past.pursuit import Step
+from shared.fanout.catch_up.journal_questions import JournalQuestions, JournalReports
+from shared.fanout.catch_up.pursuit import Step
 
 JOURNAL: Final = "journal."
 LOOK_SECONDS: Final = 0.05

@@ -18,9 +18,9 @@ from shared.bus.continuity import Position
 from shared.bus.kept_counts import KeptCounts
 from shared.client import Place
 from shared.datagrams.limits import MAX_ROWS
-from shared.fanout.past.journal_questions import Pursued
-from shared.fanout.past.pursuit import Pursuit, PursuitState, Step
-from shared.fanout.past.window import Numbered, Window, Worker
+from shared.fanout.catch_up.journal_questions import Pursued
+from shared.fanout.catch_up.pursuit import Pursuit, PursuitState, Step
+from shared.fanout.catch_up.window import Numbered, Window, Worker
 from shared.log import get_logger
 
 JOINING_SECONDS: Final = 10.0

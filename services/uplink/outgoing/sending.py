@@ -24,8 +24,8 @@ from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.messages import VERSION, Datagrams, Envelope, Message, datagrams_topic
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.limits import MAX_PAYLOAD, ROW_SIZE
-from shared.fanout.past.journal_questions import SILENT_SECONDS
-from shared.fanout.past.pursuit import Step
+from shared.fanout.catch_up.journal_questions import SILENT_SECONDS
+from shared.fanout.catch_up.pursuit import Step
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import (
     ACKNOWLEDGED,

@@ -10,7 +10,7 @@ from shared.bus.messages import Status
 from shared.datagrams.gathered import Gathered
 from shared.settings.entries import Stream
 from tests.builders import make_client
-from tests.shared.fanout.past.test_catch_up import A, Sender
+from tests.shared.fanout.catch_up.test_catch_up import A, Sender
 
 
 def test_who_joins_is_not_owed_what_a_worker_has_lost_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

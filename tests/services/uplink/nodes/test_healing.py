@@ -21,8 +21,8 @@ from services.uplink.nodes.node import LOOK_SECONDS, Node
 from shared.bus.bodies.nodes_message import MOST_PENDING, Nodes
 from shared.bus.messages import Envelope, Status
 from shared.client import Resume
-from shared.fanout.past.rings import RING_SECONDS
-from shared.fanout.past.window import Worker
+from shared.fanout.catch_up.rings import RING_SECONDS
+from shared.fanout.catch_up.window import Worker
 from shared.ledger.accounts import unparse_origin
 from shared.owners import Minority, Owners
 from shared.settings.uplink import Uplink

@@ -19,8 +19,8 @@ from shared.bus.messages import Datagrams, Message, Status, datagrams_topic, sta
 from shared.bus.zmq_sockets import Publisher, Subscriber
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.limits import MAX_ROWS
-from shared.fanout.past.journal_questions import SILENT_SECONDS
-from shared.fanout.past.pursuit import PursuitState
+from shared.fanout.catch_up.journal_questions import SILENT_SECONDS
+from shared.fanout.catch_up.pursuit import PursuitState
 from shared.ledger.counters import NOT_JOURNALED, TOO_MANY_WORKERS
 from shared.ledger.equations import discrepancies
 from shared.nats.troubles import Troubles

@@ -9,7 +9,7 @@ from typing import Final
 
 from shared.bus.continuity import Position
 from shared.client import Place
-from shared.fanout.past.window import Numbered, Worker
+from shared.fanout.catch_up.window import Numbered, Worker
 
 SEQUENCE, RECEIVED, COUNTED = "/sequence", "/received", "/counted"
 """Endings of the counters that are kept of a worker, beside its total. That one, and the last, are one more than they

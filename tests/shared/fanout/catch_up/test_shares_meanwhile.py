@@ -1,7 +1,7 @@
 from shared.client import Client
-from shared.fanout.past import shares_meanwhile
-from shared.fanout.past.shares_meanwhile import SharesMeanwhile
-from shared.fanout.past.window import Numbered
+from shared.fanout.catch_up import shares_meanwhile
+from shared.fanout.catch_up.shares_meanwhile import SharesMeanwhile
+from shared.fanout.catch_up.window import Numbered
 from tests.builders import make_batch, make_client
 
 ONE, TWO = ("ingest.1", 1), ("ingest.2", 1)

@@ -22,15 +22,15 @@ from shared.client import Client, Place
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
+from shared.fanout.catch_up.absences import Absences
+from shared.fanout.catch_up.journal_questions import JournalQuestions, Pursued
+from shared.fanout.catch_up.owed import Owed
+from shared.fanout.catch_up.past_sender import BURST_SECONDS, STEP_ROWS, PastSender
+from shared.fanout.catch_up.progress import LeftOff, Progress, with_beginnings, with_successors
+from shared.fanout.catch_up.pursuit import GENERATION, Pursuit, PursuitState
+from shared.fanout.catch_up.rings import Rings
+from shared.fanout.catch_up.window import Worker
 from shared.fanout.collectors import Collectors
-from shared.fanout.past.absences import Absences
-from shared.fanout.past.journal_questions import JournalQuestions, Pursued
-from shared.fanout.past.owed import Owed
-from shared.fanout.past.past_sender import BURST_SECONDS, STEP_ROWS, PastSender
-from shared.fanout.past.progress import LeftOff, Progress, with_beginnings, with_successors
-from shared.fanout.past.pursuit import GENERATION, Pursuit, PursuitState
-from shared.fanout.past.rings import Rings
-from shared.fanout.past.window import Worker
 from shared.fanout.served import D
 from shared.fanout.streams import FollowedStreams
 from shared.fanout.templates import TemplateDelivery

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from shared.client import Client
 from shared.datagrams.routing import Router
-from shared.fanout.past.window import Numbered, Worker
+from shared.fanout.catch_up.window import Numbered, Worker
 
 MOST_CHANGES: Final = 1024
 """Changes that are known of a worker's rows; what came between older ones is shared as at the begin."""

@@ -10,9 +10,9 @@ import numpy as np
 from shared.client import Client
 from shared.datagrams.gathered import Gathered, Mask
 from shared.datagrams.routing import Selection
-from shared.fanout.past.copied_meanwhile import Outcomes, leave_out
-from shared.fanout.past.shares_meanwhile import SharesMeanwhile, Sharing
-from shared.fanout.past.window import Numbered
+from shared.fanout.catch_up.copied_meanwhile import Outcomes, leave_out
+from shared.fanout.catch_up.shares_meanwhile import SharesMeanwhile, Sharing
+from shared.fanout.catch_up.window import Numbered
 from shared.fanout.served import PASSED, UNSEEN, D, Served, count_rows
 from shared.ledger.counters import (
     BASELINE,

@@ -12,8 +12,8 @@ from shared.bus.bodies.journal_messages import MAX_BEHIND, Behind, CatchUpReport
 from shared.bus.continuity import Position
 from shared.bus.zmq_sockets import Publisher
 from shared.client import MAX_PLACES, Client, Place, Resume, Source
-from shared.fanout.past.journal_questions import Pursued
-from shared.fanout.past.window import Worker
+from shared.fanout.catch_up.journal_questions import Pursued
+from shared.fanout.catch_up.window import Worker
 
 MAX_LEFT: Final = 1024
 """Collectors that have left, and that no other node serves, whose places are known; the first to leave go first."""

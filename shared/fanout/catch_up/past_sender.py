@@ -13,14 +13,14 @@ from shared.bus.continuity import Position
 from shared.client import Place
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
+from shared.fanout.catch_up.absences import put_off, signs, unsent
+from shared.fanout.catch_up.copied_meanwhile import CopiedMeanwhile, Outcomes
+from shared.fanout.catch_up.journal_questions import Pursued
+from shared.fanout.catch_up.past_templates import PastTemplates
+from shared.fanout.catch_up.pursuit import Step
+from shared.fanout.catch_up.shares_meanwhile import Sharing
+from shared.fanout.catch_up.window import Numbered, Window, Worker
 from shared.fanout.collectors import Collectors
-from shared.fanout.past.absences import put_off, signs, unsent
-from shared.fanout.past.copied_meanwhile import CopiedMeanwhile, Outcomes
-from shared.fanout.past.journal_questions import Pursued
-from shared.fanout.past.past_templates import PastTemplates
-from shared.fanout.past.pursuit import Step
-from shared.fanout.past.shares_meanwhile import Sharing
-from shared.fanout.past.window import Numbered, Window, Worker
 from shared.fanout.served import D, count_received_before
 from shared.fanout.templates import TemplateDelivery
 from shared.ledger.counters import PERHAPS_TWICE

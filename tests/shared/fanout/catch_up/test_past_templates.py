@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from shared.bus.bodies.template_messages import TemplateDatagram
 from shared.datagrams.batch import DatagramBatch
-from shared.fanout.past.past_templates import LATE_NS, PastTemplates
+from shared.fanout.catch_up.past_templates import LATE_NS, PastTemplates
 from shared.net.addresses import pack_address
 from tests.builders import make_batch
 

@@ -5,10 +5,10 @@ from functools import cache
 from typing import Any
 
 from shared.bus.continuity import Position
-from shared.fanout.past.journal_questions import Pursued
-from shared.fanout.past.past_routes import PastRoutes
-from shared.fanout.past.rings import Rings
-from shared.fanout.past.window import Worker
+from shared.fanout.catch_up.journal_questions import Pursued
+from shared.fanout.catch_up.past_routes import PastRoutes
+from shared.fanout.catch_up.rings import Rings
+from shared.fanout.catch_up.window import Worker
 from shared.ledger.accounts import Accounts, unparse_owed
 from shared.ledger.counters import OWED, OWED_FROM
 

@@ -14,10 +14,10 @@ from shared.bus.continuity import MAX_POSITIONS, Position
 from shared.bus.messages import Envelope, Message, Status
 from shared.bus.zmq_sockets import Publisher
 from shared.client import Place
-from shared.fanout.past.copied_meanwhile import CopiedMeanwhile
-from shared.fanout.past.past_templates import PastTemplates
-from shared.fanout.past.pursuit import Pursuit, PursuitState
-from shared.fanout.past.window import Numbered, Window, Worker
+from shared.fanout.catch_up.copied_meanwhile import CopiedMeanwhile
+from shared.fanout.catch_up.past_templates import PastTemplates
+from shared.fanout.catch_up.pursuit import Pursuit, PursuitState
+from shared.fanout.catch_up.window import Numbered, Window, Worker
 from shared.ledger.accounts import is_origin, parse_origin
 from shared.ledger.counters import DISK_ERROR, DISK_FULL, MISSED, REACHED
 from shared.log import get_logger
@@ -81,7 +81,7 @@ class Pursued:
     """The places at which the last steps began, which may still be found not to have arrived."""
     signs: int = 0
     unsent: Counter[str] = field(default_factory=Counter)
-    """Counts of the collector's account before those steps (`shared.fanout.past.absences`)."""
+    """Counts of the collector's account before those steps (`shared.fanout.catch_up.absences`)."""
     templates: PastTemplates = field(default_factory=PastTemplates)
 
     def check(self, window: Window, followed: Mapping[Worker, Position], *, at_once: bool) -> PursuitState:

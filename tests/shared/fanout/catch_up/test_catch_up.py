@@ -21,12 +21,12 @@ from shared.bus.messages import Body, Datagrams, Message, RegistrySnapshot, Stat
 from shared.client import Place, Resume
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import MAX_GATHERED, Gathered
-from shared.fanout.past import catch_up, past_sender
-from shared.fanout.past.journal_questions import SILENT_SECONDS, JournalQuestions, Pursued
-from shared.fanout.past.past_sender import STEP_ROWS
-from shared.fanout.past.pursuit import PursuitState
-from shared.fanout.past.rings import Rings
-from shared.fanout.past.window import SECONDS, Numbered
+from shared.fanout.catch_up import catch_up, past_sender
+from shared.fanout.catch_up.journal_questions import SILENT_SECONDS, JournalQuestions, Pursued
+from shared.fanout.catch_up.past_sender import STEP_ROWS
+from shared.fanout.catch_up.pursuit import PursuitState
+from shared.fanout.catch_up.rings import Rings
+from shared.fanout.catch_up.window import SECONDS, Numbered
 from shared.fanout.sending.backlog import Backlog
 from shared.fanout.templates import TemplateDelivery
 from shared.journal.records import Identity

@@ -3,9 +3,9 @@ from types import SimpleNamespace
 import pytest
 
 from shared.bus.messages import Datagrams, Status
-from shared.fanout.past import rings
-from shared.fanout.past.rings import RING_SECONDS, Rings
-from shared.fanout.past.window import SECONDS
+from shared.fanout.catch_up import rings
+from shared.fanout.catch_up.rings import RING_SECONDS, Rings
+from shared.fanout.catch_up.window import SECONDS
 from shared.process.memory import MUCH, Memory
 from tests.builders import make_batch, make_envelope
 

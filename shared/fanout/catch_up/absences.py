@@ -11,8 +11,8 @@ from typing import Final, Generic
 
 from shared.bus.continuity import Position
 from shared.client import Client
+from shared.fanout.catch_up.window import Worker
 from shared.fanout.collectors import Collectors
-from shared.fanout.past.window import Worker
 from shared.fanout.served import D, Served
 from shared.ledger.counters import (
     INTERFACE_DOWN,

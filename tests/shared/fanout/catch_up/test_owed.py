@@ -5,12 +5,12 @@ from typing import Any, NoReturn, cast
 
 from shared.bus.continuity import Position
 from shared.client import Place
-from shared.fanout.past.journal_questions import Pursued
-from shared.fanout.past.owed import Owed
-from shared.fanout.past.past_routes import PastRoutes
-from shared.fanout.past.pursuit import Pursuit
-from shared.fanout.past.rings import Rings
-from shared.fanout.past.window import Worker
+from shared.fanout.catch_up.journal_questions import Pursued
+from shared.fanout.catch_up.owed import Owed
+from shared.fanout.catch_up.past_routes import PastRoutes
+from shared.fanout.catch_up.pursuit import Pursuit
+from shared.fanout.catch_up.rings import Rings
+from shared.fanout.catch_up.window import Worker
 
 WORKER = "ingest.1", 1
 

@@ -7,8 +7,8 @@ import numpy as np
 from shared.bus.bodies.offload_messages import KernelServed
 from shared.datagrams.limits import BUCKETS
 from shared.datagrams.sampling import find_buckets
-from shared.fanout.past.copied_meanwhile import COPIED, OWED, PASSED_OVER, UNPLANNED_ROW, CopiedMeanwhile, leave_out
-from shared.fanout.past.window import Numbered
+from shared.fanout.catch_up.copied_meanwhile import COPIED, OWED, PASSED_OVER, UNPLANNED_ROW, CopiedMeanwhile, leave_out
+from shared.fanout.catch_up.window import Numbered
 from tests.builders import make_batch, make_client
 
 WORKER = ("ingest.1", 7)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from shared.bus.continuity import Position
-from shared.fanout.past.absences import Absences
+from shared.fanout.catch_up.absences import Absences
 from shared.fanout.served import Served
 from tests.builders import make_client
 

@@ -18,8 +18,8 @@ from shared.bus.bodies.journal_messages import JournalPlace, WorkerPosition
 from shared.bus.continuity import Position
 from shared.client import Place
 from shared.datagrams.batch import ROW, DatagramBatch
-from shared.fanout.past.stream_place import StreamPlace
-from shared.fanout.past.window import Numbered, Window, Worker
+from shared.fanout.catch_up.stream_place import StreamPlace
+from shared.fanout.catch_up.window import Numbered, Window, Worker
 
 PATIENCE_SECONDS: Final = 5.0
 """Time for which the journal may be at its end, and have less than was published, before that counts as missing."""

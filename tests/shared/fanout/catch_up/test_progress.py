@@ -4,7 +4,7 @@ from typing import cast
 from shared.bus.bodies.journal_messages import CatchUpReport
 from shared.bus.zmq_sockets import Publisher
 from shared.client import MAX_PLACES, Place, Resume
-from shared.fanout.past.progress import MAX_LEFT, Progress
+from shared.fanout.catch_up.progress import MAX_LEFT, Progress
 from tests.builders import make_client
 
 

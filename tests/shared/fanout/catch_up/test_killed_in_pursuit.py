@@ -15,7 +15,7 @@ from shared.bus import kept_counts
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, JournalPortion, Replayed, WorkerPosition
 from shared.bus.messages import Body, Datagrams, Message, RegistrySnapshot, Status, datagrams_topic
 from shared.client import Resume
-from shared.fanout.past import catch_up, past_sender, pursuit, stream_place
+from shared.fanout.catch_up import catch_up, past_sender, pursuit, stream_place
 from shared.ledger.equations import discrepancies, dropped
 from shared.settings.entries import Stream
 from shared.settings.model import Settings

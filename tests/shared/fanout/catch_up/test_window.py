@@ -1,6 +1,6 @@
 from types import SimpleNamespace
 
-from shared.fanout.past.window import SECONDS, Numbered, Window, Worker
+from shared.fanout.catch_up.window import SECONDS, Numbered, Window, Worker
 from tests.builders import make_batch
 
 WORKER = "ingest.1", 1

@@ -7,7 +7,7 @@ import pytest
 from shared.bus.bodies.journal_messages import JournalPortion, JournalRead, Replayed
 from shared.bus.messages import Message, Status
 from shared.bus.zmq_sockets import Publisher
-from shared.fanout.past.journal_questions import (
+from shared.fanout.catch_up.journal_questions import (
     ALL_PAYLOAD,
     ALL_ROWS,
     ANSWER_SECONDS,
@@ -16,7 +16,7 @@ from shared.fanout.past.journal_questions import (
     JournalReports,
     Pursued,
 )
-from shared.fanout.past.pursuit import Pursuit
+from shared.fanout.catch_up.pursuit import Pursuit
 from tests.builders import make_batch, make_envelope
 
 

@@ -11,8 +11,8 @@ from typing import Final
 
 from shared.bus.messages import Datagrams, Envelope, Status
 from shared.datagrams.batch import DatagramBatch
-from shared.fanout.past.journal_questions import JournalReports
-from shared.fanout.past.window import SECONDS, Numbered, Window
+from shared.fanout.catch_up.journal_questions import JournalReports
+from shared.fanout.catch_up.window import SECONDS, Numbered, Window
 from shared.process.memory import MUCH, Memory
 
 RING_SECONDS: Final = 12.0
