@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from services.console.bus_watch import PICTURE_SECONDS, Watch
 from services.console.guard import Holder
-from services.console.watch import PICTURE_SECONDS, Watch
 from shared.bus.status import INTERVAL_SECONDS
 from shared.client import Source
 from shared.log import PROBED_BY_ADMIN, REMOVED_BY_ADMIN, get_logger

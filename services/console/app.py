@@ -14,11 +14,11 @@ from starlette.responses import FileResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from services.console.admin import Admin, Said
+from services.console.bus_watch import PICTURE_SECONDS, Watch
 from services.console.guard import ADMIN, CHANGES, MAY_SEE
 from services.console.metrics import exporter_metrics, render, stack_metrics
 from services.console.one_datagram import Sampler
 from services.console.views import Wish, show, show_collector, show_exporter, show_stream
-from services.console.watch import PICTURE_SECONDS, Watch
 from shared.monitoring.picture import Picture
 
 PAGE: Final = Path(__file__).parent / "page"

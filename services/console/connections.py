@@ -12,7 +12,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from services.console.watch import next_look
+from services.console.bus_watch import next_look
 from shared.ledger.counters import CONNECTIONS_EXPIRED, CONNECTIONS_REFUSED
 from shared.log import get_logger
 from shared.net.connection_shares import limit_of

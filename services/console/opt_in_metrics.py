@@ -9,7 +9,7 @@ from shared.bus.bodies.nodes_message import Nodes, NodeState
 from shared.ledger import counters
 from shared.ledger.accounts import Accounts
 from shared.losses import cause_of, causes
-from shared.monitoring.kept import KeptStream
+from shared.monitoring.journal import KeptStream
 from shared.monitoring.picture import Picture
 
 UPLINK_CAUSES: Final = tuple(

@@ -14,10 +14,10 @@ import uvicorn
 
 from services.console.admin import Admin
 from services.console.app import Console
+from services.console.bus_watch import Watch
 from services.console.connections import OpenConnections, Server
 from services.console.guard import LOOPBACK, Guard, by_digest
 from services.console.one_datagram import Sampler
-from services.console.watch import Watch
 from shared.bus.endpoint import open_link, queue_limit
 from shared.bus.zmq_sockets import Publisher, Subscriber, broker_is_up, new_context
 from shared.net.addresses import Endpoint

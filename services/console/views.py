@@ -7,7 +7,7 @@ from typing import Any, Final
 from services.console.history import History
 from shared.ledger.counters import WRITE_ERRNO
 from shared.losses import kind_of
-from shared.monitoring.kept import KeptStream
+from shared.monitoring.journal import KeptStream
 from shared.monitoring.picture import NO_TROUBLE, Collector, Exporter, Picture, Stream
 from shared.net.addresses import pack_address
 

@@ -4,10 +4,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, TypeVar
 
+from services.gateway.fault_guard import surviving
 from services.gateway.registry.condition import Word
 from services.gateway.registry.entry import Entry, Event
 from services.gateway.registry.registry import Registry
-from services.gateway.survival import surviving
 from shared.log import COLLECTOR_HEALTH, get_logger, suppressed
 from shared.process.log_limit import LogBudget
 

@@ -16,8 +16,8 @@ from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.tokens import Tokens
 from services.gateway.admission.upkeep import Readmission, expel_loops
 from services.gateway.bus.announcer import Announcer
-from services.gateway.bus.transmissions import Transmissions
-from services.gateway.configured import Configured, check_configured
+from services.gateway.bus.raw_frames import Transmissions
+from services.gateway.configured_collectors import Configured, check_configured
 from services.gateway.counters import (
     ACCOUNT,
     BUS_REJECTED,
@@ -29,6 +29,7 @@ from services.gateway.counters import (
     WATCHERS,
 )
 from services.gateway.event_feed import EventFeed
+from services.gateway.fault_guard import surviving
 from services.gateway.from_settings import check_cluster, destinations_of, opened_store, tls_context, tokens_of
 from services.gateway.handler import Handler
 from services.gateway.registry.changes import ignore, never_keep
@@ -36,7 +37,6 @@ from services.gateway.registry.pasts import Gone, Pasts
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
 from services.gateway.render import event_line, health_line
-from services.gateway.survival import surviving
 from services.gateway.transport.connection import ClientConnection
 from services.gateway.transport.listeners import BACKLOG, Listener, listening, send_datagram
 from services.gateway.transport.open_connections import AT_ONCE, OpenConnections
@@ -47,7 +47,6 @@ from shared.ledger.accounts import Accounts
 from shared.ledger.counters import FILES_RESTORED, REVISION
 from shared.log import get_logger
 from shared.net.sockets import try_endpoint
-from shared.owners import Owners
 from shared.process.event_loop import run_loop
 from shared.process.lifecycle import (
     FAILED,
@@ -62,6 +61,7 @@ from shared.process.lifecycle import (
 from shared.process.memory import Memory
 from shared.process.reload import Reload
 from shared.process.tokens_file import read_tokens
+from shared.serving_nodes import Owners
 from shared.settings.model import Settings
 from shared.settings.own_listeners import FollowedListeners
 

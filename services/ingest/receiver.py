@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.ingest.batch_publisher import StreamFeed
-from services.ingest.marks import MarkReader
+from services.ingest.packet_marks import MarkReader
 from services.ingest.replies import Replier
 from services.ingest.reuseport_sharing import leave_to_others
 from services.ingest.trains import split_trains

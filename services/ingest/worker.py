@@ -22,7 +22,7 @@ from services.ingest.listeners import (
     warn_of_small_buffers,
     with_addresses,
 )
-from services.ingest.marks import MarkReader
+from services.ingest.packet_marks import MarkReader
 from services.ingest.receiver import DatagramReceiver
 from services.ingest.reuseport_sharing import Spreader, is_shareable
 from services.ingest.tcp_connections import ExporterConnections

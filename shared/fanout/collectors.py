@@ -15,8 +15,8 @@ from shared.fanout.catch_up.past_routes import PastRoutes
 from shared.fanout.health import Checkup, Symptom
 from shared.fanout.kernel_copies import KernelRules
 from shared.fanout.sending.fair_shares import FairShares
-from shared.fanout.sending.overlaps import Overlaps
-from shared.fanout.served import PASSED, UNSEEN, D, Departed, Served, count_received_before, count_rows
+from shared.fanout.sending.perhaps_twice import PerhapsTwice
+from shared.fanout.served_collector import PASSED, UNSEEN, D, Departed, Served, count_received_before, count_rows
 from shared.fanout.streams import Unserved
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import (
@@ -82,7 +82,7 @@ class Collectors(Generic[D]):
         self.joined: list[tuple[Client, Client | None]] = []
         """Collectors that need templates anew, and as what each was served until now, for the caller to clear."""
         self.shares = FairShares[tuple[D, Selection]]()
-        self._overlaps = Overlaps()
+        self._perhaps_twice = PerhapsTwice()
 
     def set_streams(self, streams: Iterable[str]) -> None:
         """Set the streams that exist, for collectors that want all of them."""
@@ -95,7 +95,7 @@ class Collectors(Generic[D]):
     def note_nodes(self, others: Sequence[Node]) -> None:
         """Note what the uplink tells of the other nodes of a cluster."""
         shared = {name: each.account for name, each in self._served.items() if not each.destination.client.node}
-        self._overlaps.note(others, shared)
+        self._perhaps_twice.note(others, shared)
 
     def restore(self, sheet: Sheet) -> None:
         """Go on from what the last process has left, before the first registry comes."""

@@ -7,7 +7,7 @@ from shared.bus.messages import Envelope, RegistryChange, RegistrySnapshot, Stat
 from shared.bus.pieces import Assembler
 from shared.client import Client, Source
 from shared.ledger.counters import REVISION
-from shared.owners import Owners
+from shared.serving_nodes import Owners
 
 GATEWAY: Final = "gateway"
 """The gateway's own account, and the beginning of its name."""

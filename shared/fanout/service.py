@@ -37,7 +37,7 @@ from shared.fanout.registry_replica import RegistryReplica
 from shared.fanout.resumption import Resumption
 from shared.fanout.sending.copy_sender import CopySender
 from shared.fanout.serve_requests import ServeRequests
-from shared.fanout.served import MARKS, D
+from shared.fanout.served_collector import MARKS, D
 from shared.fanout.snapshot_request import SnapshotRequest
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
 from shared.fanout.templates import NOBODY, TemplateDelivery
@@ -45,9 +45,9 @@ from shared.fanout.waiting_batches import WaitingBatches
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import BY_KERNEL_LATE, COLLECTOR_COUNTERS, ELSEWHERE, FILES_RESTORED, LEFT, STOPPED
 from shared.log import get_logger
-from shared.owners import Owners
 from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness, pause_for
 from shared.process.reload import Reload
+from shared.serving_nodes import Owners
 from shared.settings.model import Settings
 
 TURN_MESSAGES: Final = 256

@@ -24,7 +24,7 @@ from shared.datagrams.batch import DatagramBatch, make_rows
 from shared.datagrams.gathered import Gathered, Mask
 from shared.datagrams.routing import ALL_ROWS, Selection
 from shared.fanout.collectors import Collectors
-from shared.fanout.served import D
+from shared.fanout.served_collector import D
 from shared.fanout.streams import FollowedStreams
 from shared.log import get_logger
 from shared.settings.entries import Stream

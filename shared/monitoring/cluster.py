@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from shared.bus.bodies.nodes_message import Nodes
 from shared.client import Client
-from shared.owners import Owners
+from shared.serving_nodes import Owners
 
 
 class Cluster:

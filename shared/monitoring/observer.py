@@ -51,7 +51,8 @@ from shared.ledger.equations import lost
 from shared.losses import causes
 from shared.monitoring.balance import Balance
 from shared.monitoring.cluster import Cluster
-from shared.monitoring.kept import Owed, kept_streams, owed
+from shared.monitoring.exporters import Shares
+from shared.monitoring.journal import Owed, kept_streams, owed
 from shared.monitoring.picture import (
     RECENT_SECONDS,
     Collector,
@@ -63,7 +64,6 @@ from shared.monitoring.picture import (
     WorkerShare,
 )
 from shared.monitoring.recent_losses import Past, RecentLosses
-from shared.monitoring.shares import Shares
 from shared.monitoring.verdict import judge
 
 TOPICS: Final = ("status/", HEALTH_PREFIX, REGISTRY_TOPIC, EXPORTERS_PREFIX, NODES_TOPIC)

@@ -14,7 +14,7 @@ from shared.bus.bodies.nodes_message import Nodes
 from shared.client import Client
 from shared.ledger.accounts import Accounts
 from shared.losses import Loss
-from shared.monitoring.kept import KeptStream, Owed
+from shared.monitoring.journal import KeptStream, Owed
 
 Level = Literal["ok", "warning", "error", "unknown"]
 Word = Literal["ok", "waiting", "unreachable", "refusing", "slow", "withheld", "elsewhere", "unknown"]

@@ -26,7 +26,7 @@ LAYERS = (
     ("settings", "datagrams"),
     ("process", "capture"),
     ("bus", "nats"),
-    ("journal", "owners"),
+    ("journal", "serving_nodes"),
     ("fanout",),
     ("monitoring",),
 )
@@ -62,7 +62,7 @@ PURE = (
     "services/gateway/render.py",
     "services/gateway/transport/conversation.py",
     "services/gateway/transport/deadlines.py",
-    "services/gateway/transport/pushed_lines.py",
+    "services/gateway/transport/push_queue.py",
     "services/gateway/transport/rate_limit.py",
     "services/ingest/flows/exporters.py",
     "services/ingest/flows/ipfix_numbering.py",
@@ -141,7 +141,7 @@ PURE = (
     "shared/losses.py",
     "shared/monitoring/observer.py",
     "shared/monitoring/picture.py",
-    "shared/monitoring/shares.py",
+    "shared/monitoring/exporters.py",
     "shared/monitoring/verdict.py",
     "shared/net/printable.py",
 )

@@ -19,10 +19,10 @@ from services.gateway.admission.peer import Peer
 from services.gateway.cluster.bucket_log import LARGEST_BATCH, BucketLog, LogError, OvertakenError, Write
 from services.gateway.cluster.records import Record, encode, key_of, seconds_of
 from services.gateway.cluster.replica import Replica
+from services.gateway.fault_guard import surviving
 from services.gateway.protocol.requests import ErrorWord, RequestError
 from services.gateway.registry.changes import FAULT, Change, ignore
 from services.gateway.registry.entry import Entry
-from services.gateway.survival import surviving
 from shared.log import get_logger
 
 PATIENCE_SECONDS: Final = 6.0

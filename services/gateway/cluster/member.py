@@ -22,10 +22,10 @@ from services.gateway.counters import (
     REGISTRY_UNAVAILABLE,
     SESSIONS_LIVE,
 )
+from services.gateway.fault_guard import surviving
 from services.gateway.registry.pasts import Gone as Places
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
-from services.gateway.survival import surviving
 from shared.log import get_logger
 from shared.nats.connection import CarefulClient, ConnectError, close_connection, open_connection, reason, rotated
 from shared.nats.tasks import CLOSING_SECONDS, end_tasks

@@ -29,12 +29,12 @@ from services.gateway.cluster.records import (
     seconds_of,
 )
 from services.gateway.cluster.sessions import Sessions
+from services.gateway.fault_guard import surviving
 from services.gateway.registry.changes import Change
 from services.gateway.registry.entry import NO_ORDERS, Entry, Event, EventKind, Orders
 from services.gateway.registry.pasts import NO_PASTS
 from services.gateway.registry.pasts import Gone as Places
 from services.gateway.registry.registry import RETURN_SECONDS, Registry
-from services.gateway.survival import surviving
 from shared.log import get_logger
 
 PROPOSALS_MAX: Final = 4096

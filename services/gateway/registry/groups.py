@@ -14,7 +14,7 @@ import msgspec
 from services.gateway.admission.peer import Peer
 from services.gateway.registry.entry import Entry, Origin
 from shared.client import Client, Source
-from shared.owners import Owners
+from shared.serving_nodes import Owners
 
 SECRET_BYTES: Final = 32
 IDENTIFIER_BYTES: Final = 16

@@ -16,7 +16,7 @@ from services.gateway.protocol.decoder import MAX_LINE, Decoder
 from services.gateway.protocol.requests import Request, RequestError, SignUp
 from services.gateway.render import json_line
 from services.gateway.transport.deadlines import Deadlines, too_slow_reader
-from services.gateway.transport.pushed_lines import PushedLines
+from services.gateway.transport.push_queue import PushQueue
 from shared.settings.tables import Gateway
 
 WRITE_SIZE: Final = 64 * 1024
@@ -121,7 +121,7 @@ class Conversation:
         self._stalled = False  # the client does not read what is written
         self._outgoing: Iterator[bytes] | None = None
         self._after = After.NEXT_REQUEST
-        self._pushed = PushedLines(settings.output_buffer)
+        self._pushed = PushQueue(settings.output_buffer)
         self._discarded = 0
         self._due: deque[Action] = deque()
         self.reading = True  # not while a client sends faster than it reads answers

@@ -7,8 +7,8 @@ from services.operator.client.bus_reader import subscribed
 from shared.bus.bodies.nodes_message import NODES_TOPIC, Nodes
 from shared.bus.messages import REGISTRY_TOPIC, RegistryChange, RegistrySnapshot
 from shared.fanout.registry_replica import RegistryReplica
-from shared.owners import Owners
 from shared.process.lifecycle import UNAVAILABLE, OperatorError
+from shared.serving_nodes import Owners
 from shared.settings.model import Settings
 
 WAIT_SECONDS: Final = 3.0

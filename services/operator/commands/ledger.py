@@ -54,7 +54,7 @@ from shared.ledger.counters import (
 from shared.ledger.equations import lost
 from shared.losses import Loss
 from shared.monitoring.balance import Balance
-from shared.monitoring.kept import kept_streams, owed
+from shared.monitoring.journal import kept_streams, owed
 from shared.net.printable import printable
 from shared.process.lifecycle import FAILED, OK, UNAVAILABLE, OperatorError
 from shared.settings.model import Settings

@@ -7,7 +7,7 @@ from typing import Final
 from services.operator.cli.arguments import Subparsers, add_command
 from services.operator.cli.numbers import counted
 from services.operator.cli.text_tables import Cell, print_table
-from services.operator.client.observing import picture_with_rates
+from services.operator.client.picture_reader import picture_with_rates
 from services.operator.client.running_streams import streams_of
 from shared.monitoring.picture import Picture
 from shared.process.lifecycle import OK

@@ -8,7 +8,7 @@ from shlex import quote
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import DAMAGED_BYTES, KEPT_BYTES, OLDEST, SET_ASIDE, WRITE_ERRNO
 from shared.monitoring.finding import Finding, error, ok, warning
-from shared.monitoring.kept import owed
+from shared.monitoring.journal import owed
 from shared.settings.model import Settings
 
 START = "`systemctl start fanwire-journal`, or `fanwire journal`"

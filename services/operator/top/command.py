@@ -10,7 +10,7 @@ from typing import Final
 import zmq
 
 from services.operator.cli.arguments import Subparsers, add_command, positive
-from services.operator.client.observing import RATES_SECONDS, Watched, watched
+from services.operator.client.picture_reader import RATES_SECONDS, Watched, watched
 from services.operator.top.state import ScreenState
 from services.operator.top.terminal import Terminal
 from services.operator.top.views import VIEWS, lines

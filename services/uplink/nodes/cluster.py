@@ -20,7 +20,7 @@ from shared.bus.pieces import Assembler
 from shared.client import Place, Source
 from shared.ledger.accounts import is_origin, parse_origin
 from shared.ledger.counters import BASELINE, REACHED, REVISION, UNSERVED
-from shared.owners import Minority, nodes_serving
+from shared.serving_nodes import Minority, nodes_serving
 
 SENDERS: Final[dict[str, Source]] = {"forwarder": "relay", "transmitter": "original"}
 HEARD_SECONDS: Final = 3.0

@@ -13,7 +13,7 @@ from shared.bus.continuity import Position
 from shared.client import Client
 from shared.fanout.catch_up.window import Worker
 from shared.fanout.collectors import Collectors
-from shared.fanout.served import D, Served
+from shared.fanout.served_collector import D, Served
 from shared.ledger.counters import (
     INTERFACE_DOWN,
     LEFT_BEHIND,

@@ -31,7 +31,7 @@ from shared.fanout.catch_up.pursuit import GENERATION, Pursuit, PursuitState
 from shared.fanout.catch_up.rings import Rings
 from shared.fanout.catch_up.window import Worker
 from shared.fanout.collectors import Collectors
-from shared.fanout.served import D
+from shared.fanout.served_collector import D
 from shared.fanout.streams import FollowedStreams
 from shared.fanout.templates import TemplateDelivery
 from shared.log import get_logger

@@ -13,7 +13,7 @@ from shared.datagrams.routing import Selection
 from shared.fanout.catch_up.copied_meanwhile import Outcomes, leave_out
 from shared.fanout.catch_up.shares_meanwhile import SharesMeanwhile, Sharing
 from shared.fanout.catch_up.window import Numbered
-from shared.fanout.served import PASSED, UNSEEN, D, Served, count_rows
+from shared.fanout.served_collector import PASSED, UNSEEN, D, Served, count_rows
 from shared.ledger.counters import (
     BASELINE,
     BY_KERNEL,

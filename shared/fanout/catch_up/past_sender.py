@@ -21,7 +21,7 @@ from shared.fanout.catch_up.pursuit import Step
 from shared.fanout.catch_up.shares_meanwhile import Sharing
 from shared.fanout.catch_up.window import Numbered, Window, Worker
 from shared.fanout.collectors import Collectors
-from shared.fanout.served import D, count_received_before
+from shared.fanout.served_collector import D, count_received_before
 from shared.fanout.templates import TemplateDelivery
 from shared.ledger.counters import PERHAPS_TWICE
 

@@ -13,7 +13,7 @@ from shared.client import Client, Source
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
 from shared.fanout.sending.backlog import BacklogMemory
-from shared.fanout.served import D
+from shared.fanout.served_collector import D
 from shared.process.memory import Memory
 from shared.settings.model import Settings
 from shared.settings.tables import Forwarder, Transmitter

@@ -16,10 +16,10 @@ from prometheus_client.core import Metric
 from services.console import app
 from services.console.admin import Admin
 from services.console.app import MAX_TOP, Console
+from services.console.bus_watch import PICTURE_SECONDS, Watch
 from services.console.guard import ADMIN, CHANGES, Holder
 from services.console.metrics import stack_metrics
 from services.console.one_datagram import Sampler
-from services.console.watch import PICTURE_SECONDS, Watch
 from shared.monitoring.picture import Picture, Verdict
 from tests.services.console.told import busy
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from services.console.datagram_search import MAX_SHOWN, first_datagram, matching
 from shared.bus.messages import Datagrams, Message
-from shared.monitoring.shares import covers
+from shared.monitoring.exporters import covers
 from tests.builders import SOURCES, make_batch, make_envelope
 
 PREFIXES = ["192.0.2.0/30", "192.0.2.4/31", "2001:db8::/126", "2001:db8::5/128", "::/0", "0.0.0.0/0"]

@@ -14,8 +14,8 @@ from contextlib import ExitStack
 from typing import Any, cast
 
 from services.console.admin import Admin
+from services.console.bus_watch import Watch
 from services.console.guard import Holder
-from services.console.watch import Watch
 from shared.settings.model import Settings
 from shared.settings.tables import Gateway
 from tests.certificates import Authority

@@ -12,7 +12,7 @@ from shared.client import Client, Resume, Withheld
 from shared.datagrams.gathered import Gathered
 from shared.fanout.collectors import Collectors
 from shared.fanout.kernel_copies import KernelRules
-from shared.fanout.served import MARKS
+from shared.fanout.served_collector import MARKS
 from shared.fanout.streams import Unserved
 from shared.ledger.counters import COLLECTOR_COUNTERS
 from shared.ledger.equations import discrepancies

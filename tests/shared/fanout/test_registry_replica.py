@@ -10,7 +10,7 @@ from shared.bus.zmq_sockets import Publisher
 from shared.client import Client
 from shared.fanout.registry_replica import RegistryReplica
 from shared.fanout.serve_requests import ServeRequests
-from shared.owners import Owners
+from shared.serving_nodes import Owners
 from tests.builders import make_client, make_envelope
 
 A, B, C = (make_client(name) for name in "abc")

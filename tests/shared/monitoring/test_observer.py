@@ -14,7 +14,7 @@ from shared.losses import PLACES, kind_of
 from shared.monitoring.observer import FORGET_SECONDS, SILENT_SECONDS, Observer
 from shared.monitoring.picture import RECENT_SECONDS, Collector, Picture
 from shared.net.addresses import pack_address
-from shared.owners import owner_of
+from shared.serving_nodes import owner_of
 from tests.builders import make_envelope
 
 SIEM = Client("siem", streams=("syslog",), generation=7, address="192.0.2.1", port=514, prefixes=("10.0.0.0/8",))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from services.operator.checksum_offload import switched_off
 from services.operator.cli.arguments import Subparsers, add_command, interface_name, or_usage, whole
-from services.operator.client.transmit import transmit
+from services.operator.client.raw_frames import transmit
 from shared.bus.frame_requests import make_frame, parse_hex, parse_mac
 from shared.bus.messages import MAX_FRAME, MAX_FRAMES
 from shared.process.lifecycle import USAGE, OperatorError

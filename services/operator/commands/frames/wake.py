@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final
 
 from services.operator.cli.arguments import Subparsers, add_command, interface_name, or_usage
-from services.operator.client.transmit import transmit
+from services.operator.client.raw_frames import transmit
 from shared.bus.frame_requests import make_frame, parse_mac
 from shared.process.lifecycle import FAILED, OperatorError
 from shared.settings.model import Settings

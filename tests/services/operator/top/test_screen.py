@@ -15,7 +15,7 @@ from services.operator.top.views import VIEWS, lines, select
 from shared.bus.bodies.nodes_message import Node, Nodes
 from shared.client import Client
 from shared.losses import Loss
-from shared.monitoring.kept import KeptStream, Owed
+from shared.monitoring.journal import KeptStream, Owed
 from shared.monitoring.picture import Collector, Exporter, Picture, RecentLoss, Service, Stream, Verdict
 
 HOSTILE = "<img>[red]\x1b[2Jé漢"

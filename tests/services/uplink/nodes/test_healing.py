@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 
-import shared.owners
+import shared.serving_nodes
 from services.uplink.incoming.arrivals import Key
 from services.uplink.nodes import node as module
 from services.uplink.nodes.beats import beat_subject, unparse_beat
@@ -24,7 +24,7 @@ from shared.client import Resume
 from shared.fanout.catch_up.rings import RING_SECONDS
 from shared.fanout.catch_up.window import Worker
 from shared.ledger.accounts import unparse_origin
-from shared.owners import Minority, Owners
+from shared.serving_nodes import Minority, Owners
 from shared.settings.uplink import Uplink
 from tests.builders import make_client
 
@@ -109,7 +109,7 @@ class World:
         self.now = BEGAN
         clock = SimpleNamespace(monotonic=lambda: self.now, time_ns=lambda: self.now_ns)
         monkeypatch.setattr(module, "time", clock)
-        monkeypatch.setattr(shared.owners, "time", clock)
+        monkeypatch.setattr(shared.serving_nodes, "time", clock)
         self.outcomes: defaultdict[str, Counter[Datagram]] = defaultdict(Counter)
         """By collector: how often each datagram was sent to it, or counted."""
         self.uncounted = Counter[str]()

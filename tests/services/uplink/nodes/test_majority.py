@@ -7,7 +7,7 @@ from services.uplink.nodes.cluster import Cluster
 from services.uplink.nodes.membership import BEAT_SECONDS, SILENT_SECONDS
 from services.uplink.nodes.node import LOOK_SECONDS
 from shared.client import Place
-from shared.owners import Minority, Owners
+from shared.serving_nodes import Minority, Owners
 from tests.builders import make_client
 
 PLACE = Place("messages", "ingest.1", 7, 0, 500)

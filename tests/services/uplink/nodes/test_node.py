@@ -18,7 +18,7 @@ from shared.bus.messages import Envelope, Status
 from shared.client import Source
 from shared.ledger.counters import NOT_AWAITED
 from shared.nats.troubles import Troubles
-from shared.owners import Minority
+from shared.serving_nodes import Minority
 from shared.settings.uplink import Uplink
 
 INGEST = Key("b", "ingest.1", 7, "flows")

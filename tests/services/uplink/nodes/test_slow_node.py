@@ -8,7 +8,7 @@ import pytest
 from services.uplink.nodes.beats import beat_subject, unparse_beat
 from services.uplink.nodes.cluster import TOLD_NS, Cluster
 from services.uplink.nodes.membership import BEAT_SECONDS, SILENT_SECONDS
-from shared.fanout.sending.overlaps import LOOK_SECONDS, LOOKS, Overlaps
+from shared.fanout.sending.perhaps_twice import LOOK_SECONDS, LOOKS, PerhapsTwice
 from shared.ledger.counters import PERHAPS_TWICE, SENT
 
 COPIES: Final = 10
@@ -28,7 +28,7 @@ class World:
             cluster.members.state = "live"
             cluster.nodes("live", {})  # nobody is heard yet: each goes on as if all lived
         self.account: Counter[str] = Counter()
-        self._overlaps = Overlaps(lambda: self.now)
+        self._perhaps_twice = PerhapsTwice(lambda: self.now)
 
     def pass_time(self, seconds: float, *, heard: str = "abc", hears: bool = True) -> None:
         """Let time pass, while only the `heard` nodes are heard, and `a` `hears` them or not."""
@@ -43,7 +43,7 @@ class World:
                         cluster.take(beat_subject(beat.node), unparse_beat(beat))
                 if name != "a":
                     cluster.nodes("live", {})
-            self._overlaps.note(self.clusters["a"].nodes("live", {}).nodes[1:], {"siem": self.account})
+            self._perhaps_twice.note(self.clusters["a"].nodes("live", {}).nodes[1:], {"siem": self.account})
 
     @property
     def counted(self) -> int:

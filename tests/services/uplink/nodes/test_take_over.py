@@ -10,7 +10,7 @@ from typing import Final
 import pytest
 
 from shared.ledger.counters import PERHAPS_TWICE
-from shared.owners import BRING_SECONDS
+from shared.serving_nodes import BRING_SECONDS
 from tests.builders import BusEnds, accounts_when
 from tests.services.uplink.nodes.cluster import Cluster, Exporter
 from tests.stack import ask_json, wait_until

@@ -6,7 +6,7 @@ from typing import Any
 
 from shared.bus.continuity import Position
 from shared.fanout.catch_up.absences import Absences
-from shared.fanout.served import Served
+from shared.fanout.served_collector import Served
 from tests.builders import make_client
 
 WORKER, OTHER = ("ingest.1", 1), ("ingest.2", 2)

@@ -16,7 +16,7 @@ from shared.client import Client, Place
 from shared.datagrams.batch import DatagramBatch
 from shared.ledger.accounts import ENDED
 from shared.ledger.counters import NOT_JOURNALED, PERHAPS_TWICE
-from shared.owners import owner_of
+from shared.serving_nodes import owner_of
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
 from shared.settings.tables import Bus

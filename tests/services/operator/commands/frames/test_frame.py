@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from services.operator.client.transmit import wait_for_transmitter
+from services.operator.client.raw_frames import wait_for_transmitter
 from shared.bus.messages import TransmitRequest
 from shared.process.lifecycle import OperatorError
 from tests.builders import BusEnds

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from services.forwarder.plan import UDP_SEGMENT
 from services.ingest import receiver as receiving
 from services.ingest.batch_publisher import StreamFeed
-from services.ingest.marks import SO_RCVMARK, SO_RXQ_OVFL, MarkReader
+from services.ingest.packet_marks import SO_RCVMARK, SO_RXQ_OVFL, MarkReader
 from services.ingest.receiver import DatagramReceiver
 from shared.bus.loans.lender import CHUNK, Loan, Pool
 from shared.bus.messages import Datagrams, hold_topic
@@ -209,7 +209,7 @@ def test_kernel_that_tells_no_marks_is_said(
     lab: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A listener whose kernel refuses to tell marks says so, works on, and is counted as blind: no rules go in."""
-    monkeypatch.setattr("services.ingest.marks.SO_RCVMARK", 0xFFFF)
+    monkeypatch.setattr("services.ingest.packet_marks.SO_RCVMARK", 0xFFFF)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         account = Counter[str]()

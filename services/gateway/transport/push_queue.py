@@ -3,7 +3,7 @@
 from collections import deque
 
 
-class PushedLines:
+class PushQueue:
     """The lines that wait to be written to one client; `size` is their number of bytes."""
 
     __slots__ = ("_lines", "_most", "size")

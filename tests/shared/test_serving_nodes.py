@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from shared.bus.bodies.nodes_message import Node, Nodes, NodeState
 from shared.client import Client, Place, Resume
-from shared.owners import (
+from shared.serving_nodes import (
     BRING_SECONDS,
     RESUME_SECONDS,
     SILENT_SECONDS,

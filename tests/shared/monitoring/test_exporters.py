@@ -2,8 +2,8 @@ import pytest
 
 from shared.bus.bodies.exporters_message import Exporters
 from shared.client import Client
-from shared.monitoring import shares
-from shared.monitoring.shares import Shares
+from shared.monitoring import exporters
+from shared.monitoring.exporters import Shares
 from shared.net.addresses import pack_address
 
 
@@ -14,7 +14,7 @@ def client(name: str, *prefixes: str) -> Client:
 
 def test_takers_follow_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remembered numbers of collectors are of the present registry, also with more exporters than are remembered."""
-    monkeypatch.setattr(shares, "MAX_KNOWN", 2)
+    monkeypatch.setattr(exporters, "MAX_KNOWN", 2)
     told = Shares()
     addresses = [f"10.{number}.0.1" for number in range(4)]
     told.note("ingest.1", Exporters("syslog", 1.0, 4, 1, 4, [(pack_address(each), 1, 9) for each in addresses]), 0.0)

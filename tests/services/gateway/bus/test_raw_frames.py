@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.gateway.bus.transmissions import MAX_OPEN, MAX_OPEN_OF_HOLDER, Transmissions
+from services.gateway.bus.raw_frames import MAX_OPEN, MAX_OPEN_OF_HOLDER, Transmissions
 from services.gateway.protocol.requests import Octets, Transmit
 from shared.bus.messages import TRANSMIT_TOPIC, Body, TransmitReply, TransmitRequest
 from shared.bus.zmq_sockets import Requests

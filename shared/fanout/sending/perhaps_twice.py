@@ -13,7 +13,7 @@ LOOKS: Final = 5
 """Looks at what was sent: one that misses this node after two seconds begins with what was received before these."""
 
 
-class Overlaps:
+class PerhapsTwice:
     """Counts the copies of a node that another one may have sent too, as it served without this one for a while.
 
     That one begins where this one has last told it was, and tells of it later. So counted is all that was sent since a
