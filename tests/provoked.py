@@ -26,9 +26,9 @@ from services.gateway.admission.address_proof import AddressProofs
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.ownership import MOST_AT_A_PLACE, check_place
 from services.gateway.admission.peer import Peer
+from services.gateway.admission.readmission import readmit
 from services.gateway.admission.rights import NOBODY, Rights
 from services.gateway.admission.tokens import Tokens
-from services.gateway.admission.upkeep import readmit
 from services.gateway.documented_client import sign_up
 from services.gateway.handler import Handler
 from services.gateway.protocol.client_names import parse_name

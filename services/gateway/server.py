@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 from services.gateway.admission.address_proof import AddressProofs
 from services.gateway.admission.decision import Admission
 from services.gateway.admission.destinations import Destinations
+from services.gateway.admission.readmission import Readmission, expel_loops
 from services.gateway.admission.tokens import Tokens
-from services.gateway.admission.upkeep import Readmission, expel_loops
 from services.gateway.bus.announcer import Announcer
 from services.gateway.bus.raw_frames import Transmissions
 from services.gateway.configured_collectors import Configured, check_configured

@@ -5,7 +5,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from services.gateway.admission.destinations import Destinations
-from services.gateway.admission.upkeep import expel_loops
+from services.gateway.admission.readmission import expel_loops
 from services.gateway.configured_collectors import Configured
 from services.gateway.registry.entry import Origin
 from shared.settings.model import Settings

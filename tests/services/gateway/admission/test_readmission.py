@@ -1,11 +1,13 @@
+import errno
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.peer import Peer
-from services.gateway.admission.readmission import find_excess
+from services.gateway.admission.readmission import Readmission, find_excess
 from services.gateway.admission.rights import Rights
 from services.gateway.admission.tokens import Tokens
 from services.gateway.registry.entry import Origin
@@ -84,3 +86,31 @@ def test_an_entry_of_this_host_needs_its_destination_too() -> None:
 def test_streams_are_narrowed(had: tuple[str, ...], keeps: tuple[str, ...]) -> None:
     """An entry keeps the streams that its token still allows, its generation and its lease."""
     assert excess([token(streams=("b", "c"))], *had) == (False, keeps)
+
+
+def test_what_can_not_be_taken_away_now_is_taken_later() -> None:
+    """While the disk is full entries keep what a reload takes from them, and then lose it without another one."""
+    full = [False]
+
+    def keep(*_: object, **__: object) -> None:
+        if full[0]:
+            raise OSError(errno.EIO, "the registry can't be written to disk just now")
+
+    table = Table(keep=keep)
+    for name, streams in (("both", ("a", "b")), ("other", ("b",))):
+        table.grant(Client(name, 0, RED.address, 9, streams=streams), RED, Origin.JSON)
+    full[0], readmission = True, Readmission(table)
+    tokens = Tokens([Token(name="red", certificate="red", scopes=("collect",), streams=("a",))])
+
+    def keeps() -> dict[str, tuple[str, ...]]:
+        return {entry.client.name: entry.client.streams for entry in table.entries()}
+
+    readmission.begin(tokens, Destinations(["a", "b"], OwnListeners(()), lambda _: False, lambda _: False))
+    readmission.check()
+    assert keeps() == {"both": ("a", "b"), "other": ("b",)}
+    full[0] = False
+    with capture_logs() as logs:
+        readmission.check()
+        readmission.check()
+    assert keeps() == {"both": ("a",)}
+    assert [each["clients"] for each in logs] == [["other"], ["both"]]

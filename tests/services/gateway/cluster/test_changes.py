@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from services.gateway.admission.destinations import Destinations
 from services.gateway.admission.peer import Peer
-from services.gateway.admission.upkeep import expel_loops
+from services.gateway.admission.readmission import expel_loops
 from services.gateway.cluster import changes as module
 from services.gateway.cluster.bucket_log import LogError, OvertakenError, Write
 from services.gateway.cluster.changes import AGAIN_SECONDS, ClusterChanges, _Asked
