@@ -8,7 +8,7 @@ from msgspec.structs import asdict
 
 from services.gateway.registry.condition import Word
 from services.gateway.registry.entry import Entry, Event
-from services.gateway.registry.pasts import Progress
+from services.gateway.registry.reached_places import Progress
 from services.gateway.registry.registry import Registry
 from shared.client import ListedClient, Withheld
 

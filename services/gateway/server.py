@@ -33,7 +33,7 @@ from services.gateway.fault_guard import surviving
 from services.gateway.from_settings import check_cluster, destinations_of, opened_store, tls_context, tokens_of
 from services.gateway.handler import Handler
 from services.gateway.registry.changes import ignore, never_keep
-from services.gateway.registry.pasts import Gone, Pasts
+from services.gateway.registry.reached_places import PastByName, Pasts
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
 from services.gateway.render import event_line, health_line
@@ -106,7 +106,7 @@ def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
         preserve_seconds = settings.gateway.preserve_seconds
         member: Member | None = None
 
-        def keep_pasts(changed: Gone) -> None:
+        def keep_pasts(changed: PastByName) -> None:
             (store if member is None else member).keep_pasts(changed)
 
         limits = settings.gateway.max_clients, settings.gateway.max_clients_per_holder

@@ -5,7 +5,7 @@ from typing import Final, NamedTuple
 
 from services.gateway.protocol.requests import EXPECTED, Register, RequestError
 from services.gateway.registry.entry import Entry
-from services.gateway.registry.pasts import Pasts
+from services.gateway.registry.reached_places import Pasts
 from shared.client import ALL_STREAMS, Resume
 
 LEFT: Final = "left"

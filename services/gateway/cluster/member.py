@@ -23,7 +23,7 @@ from services.gateway.counters import (
     SESSIONS_LIVE,
 )
 from services.gateway.fault_guard import surviving
-from services.gateway.registry.pasts import Gone as Places
+from services.gateway.registry.reached_places import PastByName
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
 from shared.log import get_logger
@@ -111,7 +111,7 @@ class Member:
             SESSIONS_LIVE: len(self.sessions.live()),
         }
 
-    def keep_pasts(self, changed: Places) -> None:
+    def keep_pasts(self, changed: PastByName) -> None:
         """Write the places that names have reached, some time soon."""
         for name, past in changed.items():
             record = Left(name=name, past=past)

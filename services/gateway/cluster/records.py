@@ -11,7 +11,7 @@ from services.gateway.cluster import keys
 from services.gateway.protocol.client_names import check_name
 from services.gateway.protocol.requests import RequestError
 from services.gateway.registry.entry import Entry, Origin
-from services.gateway.registry.pasts import Past
+from services.gateway.registry.reached_places import Past
 from services.gateway.registry.revisions import largest_number
 from shared.client import Client, Generation, Withheld
 from shared.net.addresses import pack_address

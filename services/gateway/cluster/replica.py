@@ -32,8 +32,7 @@ from services.gateway.cluster.sessions import Sessions
 from services.gateway.fault_guard import surviving
 from services.gateway.registry.changes import Change
 from services.gateway.registry.entry import NO_ORDERS, Entry, Event, EventKind, Orders
-from services.gateway.registry.pasts import NO_PASTS
-from services.gateway.registry.pasts import Gone as Places
+from services.gateway.registry.reached_places import NO_PASTS, PastByName
 from services.gateway.registry.registry import RETURN_SECONDS, Registry
 from shared.log import get_logger
 
@@ -47,7 +46,7 @@ log = get_logger()
 class Cache(Protocol):
     """The file in which this node keeps the list, for a start without the cluster."""
 
-    def keep(self, events: Sequence[Event], generation: int, withheld: Orders, pasts: Places) -> None:
+    def keep(self, events: Sequence[Event], generation: int, withheld: Orders, pasts: PastByName) -> None:
         """Keep changes."""
 
     def keep_identity(self, epoch: str, group_secret: bytes) -> None:

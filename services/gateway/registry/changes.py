@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
 from services.gateway.registry.entry import NO_ORDERS, Entry, Event, Orders
-from services.gateway.registry.pasts import NO_PASTS, Gone
+from services.gateway.registry.reached_places import NO_PASTS, PastByName
 
 FAULT: Final = "the gateway failed at this request, as its log says"
 """The refusal of a request at which a fault of ours came to light."""
@@ -23,7 +23,7 @@ class Keep(Protocol):
         events: Sequence[Event],
         generation: int,
         withheld: Orders = NO_ORDERS,
-        pasts: Gone = NO_PASTS,
+        pasts: PastByName = NO_PASTS,
     ) -> None:
         """Store `events`, orders that came or ended, and places left; `generation` is the last one given."""
 
@@ -46,7 +46,7 @@ class Change:
 
     events: Sequence[Event]
     orders: Orders
-    pasts: Gone
+    pasts: PastByName
     generation: int
 
 

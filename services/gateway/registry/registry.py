@@ -23,7 +23,7 @@ from services.gateway.registry.entry import NO_ORDERS, Entry, Event, EventKind, 
 from services.gateway.registry.groups import SECRET_BYTES, Groups
 from services.gateway.registry.index import Index
 from services.gateway.registry.leases import Leases
-from services.gateway.registry.pasts import Pasts
+from services.gateway.registry.reached_places import Pasts
 from services.gateway.registry.revisions import Revisions
 from shared.bus.bodies.health_message import Health
 from shared.bus.bodies.journal_messages import CatchUpReport

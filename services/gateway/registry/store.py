@@ -21,7 +21,7 @@ from msgspec.structs import asdict
 from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.registry.entry import NO_ORDERS, Entry, Event, Orders, Origin
-from services.gateway.registry.pasts import NO_PASTS, Gone, Past
+from services.gateway.registry.reached_places import NO_PASTS, Past, PastByName
 from services.gateway.registry.revisions import largest_number
 from shared.bus.bodies.fields import Number
 from shared.client import Client, Withheld
@@ -225,7 +225,7 @@ class Store:
         events: Sequence[Event],
         generation: int,
         withheld: Orders = NO_ORDERS,
-        pasts: Gone = NO_PASTS,
+        pasts: PastByName = NO_PASTS,
     ) -> None:
         """Write changes, all or none; OSError when they can't be written."""
         try:
@@ -260,7 +260,7 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 self._database.execute("UPDATE history SET epoch = ?, group_secret = ?", (epoch, group_secret))
 
-    def keep_pasts(self, changed: Gone) -> None:
+    def keep_pasts(self, changed: PastByName) -> None:
         """Write the places that these names have reached; as `keep`."""
         self.keep((), 0, pasts=changed)
 

@@ -11,7 +11,7 @@ from services.gateway.admission.peer import Peer
 from services.gateway.event_feed import EventFeed
 from services.gateway.registry.changes import Change
 from services.gateway.registry.entry import NO_ORDERS, Event, Origin
-from services.gateway.registry.pasts import NO_PASTS
+from services.gateway.registry.reached_places import NO_PASTS
 from services.gateway.registry.registry import Registry
 from services.gateway.render import event_line, health_line
 from shared.client import Client

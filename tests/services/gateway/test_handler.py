@@ -40,7 +40,7 @@ from services.gateway.protocol.requests import (
     Withhold,
 )
 from services.gateway.registry.entry import NO_ORDERS, Event, Orders
-from services.gateway.registry.pasts import NO_PASTS, Gone
+from services.gateway.registry.reached_places import NO_PASTS, PastByName
 from services.gateway.render import event_line, health_line
 from shared.bus.messages import TransmitReply
 from shared.client import Source
@@ -112,7 +112,7 @@ class Handling:
         self.handler.add_connection(HERE, lambda _: None, lambda: None)
 
     def _keep(
-        self, _events: Sequence[Event], _generation: int, _withheld: Orders = NO_ORDERS, _pasts: Gone = NO_PASTS
+        self, _events: Sequence[Event], _generation: int, _withheld: Orders = NO_ORDERS, _pasts: PastByName = NO_PASTS
     ) -> None:
         if self.disk_full:
             raise OSError(errno.EIO, "the registry can't be written to disk just now")

@@ -16,7 +16,7 @@ from services.gateway.admission.rights import Rights
 from services.gateway.admission.since import PastGrant, grant_past, parse_since
 from services.gateway.protocol.requests import Register, RequestError
 from services.gateway.registry.entry import Origin
-from services.gateway.registry.pasts import STORE_SECONDS, TOLD_SECONDS, Gone, Past, Pasts
+from services.gateway.registry.reached_places import STORE_SECONDS, TOLD_SECONDS, Past, PastByName, Pasts
 from shared.bus.bodies.journal_messages import Behind, CatchUpReport
 from shared.client import Client, Place, Resume
 from tests.services.gateway.table import HERE, Table
@@ -36,7 +36,7 @@ class Site:
         self.table.pasts = Pasts(lambda: self.now, lambda: self.clock, self._store, most=4, most_of_holder=3)
         self.table.pasts.journaled = frozenset({"flows", "logs"})
 
-    def _store(self, changed: Gone) -> None:
+    def _store(self, changed: PastByName) -> None:
         if self.full:
             raise OSError(errno.EIO, "the registry can't be written to disk just now")
         self.stored.update(changed)

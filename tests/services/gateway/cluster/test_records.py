@@ -31,7 +31,7 @@ from services.gateway.cluster.replica import Replica
 from services.gateway.cluster.sessions import Sessions
 from services.gateway.registry.changes import never_keep
 from services.gateway.registry.entry import Entry, Origin
-from services.gateway.registry.pasts import Past
+from services.gateway.registry.reached_places import Past
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.revisions import largest_number
 from services.gateway.registry.store import Store

@@ -16,7 +16,7 @@ from services.gateway.cluster.replica import Replica
 from services.gateway.cluster.sessions import SESSION_SECONDS, Sessions
 from services.gateway.registry.changes import never_keep
 from services.gateway.registry.entry import Event, Orders, Origin
-from services.gateway.registry.pasts import Gone
+from services.gateway.registry.reached_places import PastByName
 from services.gateway.registry.registry import RETURN_SECONDS, Registry
 from shared.client import Client, Withheld
 
@@ -27,7 +27,7 @@ STORED_AT: Final = 1_800_000_000.0
 class NoCache:
     """A cache that keeps nothing."""
 
-    def keep(self, events: Sequence[Event], generation: int, withheld: Orders, pasts: Gone) -> None:
+    def keep(self, events: Sequence[Event], generation: int, withheld: Orders, pasts: PastByName) -> None:
         """Keep nothing."""
 
     def keep_identity(self, epoch: str, group_secret: bytes) -> None:

@@ -13,7 +13,7 @@ from services.gateway.admission.peer import Peer
 from services.gateway.admission.rights import Rights
 from services.gateway.registry import store as store_module
 from services.gateway.registry.entry import Entry, Event, Origin
-from services.gateway.registry.pasts import Past
+from services.gateway.registry.reached_places import Past
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import SKIPPED, Store
 from shared.client import Client, Withheld

@@ -36,10 +36,10 @@ class Past(msgspec.Struct, frozen=True, omit_defaults=True):
     places: Places = ()
 
 
-Gone = Mapping[str, Past | None]
+PastByName = Mapping[str, Past | None]
 """Places that names have reached; None: nothing is known of one any more."""
-NO_PASTS: Final[Gone] = MappingProxyType({})
-Keep = Callable[[Gone], None]
+NO_PASTS: Final[PastByName] = MappingProxyType({})
+Keep = Callable[[PastByName], None]
 """Stores what is known of these names now. OSError when it can't."""
 
 
@@ -130,7 +130,7 @@ class Pasts:
             past = msgspec.structs.replace(past, since_ns=client.resume.since_ns, places=client.resume.places)
         return past
 
-    def note(self, changed: Gone) -> None:
+    def note(self, changed: PastByName) -> None:
         """Note what is known of these names now, which is stored already; None: nothing."""
         for name, past in changed.items():
             self._pasts.pop(name, None)
@@ -194,7 +194,7 @@ class Pasts:
         if gone:
             self._put(dict.fromkeys(gone))
 
-    def _put(self, changed: Gone) -> None:
+    def _put(self, changed: PastByName) -> None:
         self._keep(changed)
         self.note(changed)
 
