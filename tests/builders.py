@@ -233,8 +233,8 @@ def accounts_when(bus: BusEnds, service: str, condition: Callable[[Accounts], ob
 class PlayedWorker:
     """An ingest worker played by the test, whose batches can be lost."""
 
-    def __init__(self, bus: BusEnds, name: str = "ingest.1") -> None:
-        self.publisher = bus.publisher(name)
+    def __init__(self, bus: BusEnds) -> None:
+        self.publisher = bus.publisher("ingest.1")
         self.published = self._sequence = 0
 
     def publish(self, payloads: Sequence[bytes], sources: Sequence[str] = SOURCES, generation: int = 0) -> None:
@@ -318,18 +318,18 @@ class PlayedGateway:
 
 
 class PlayedOffload:
-    """An offload service played by the test: it tells the sender of a source what the kernel copies."""
+    """An offload service played by the test: it tells the forwarder what the kernel copies."""
 
-    def __init__(self, bus: BusEnds, source: Source = "relay") -> None:
+    def __init__(self, bus: BusEnds) -> None:
         self.publisher = bus.publisher("offload.1")
-        self._topic = offload_topic(source)
+        self._topic = offload_topic("relay")
         self._reply = f"reply/offload.1.{self.publisher.boot:x}/"
         self.replies = bus.subscriber(self._reply)
         wait_wanted(self.publisher, self._reply)
         self._serial = 0
 
     def tell(self, generation: int, *clients: Client, registry: int = 0, revision: int = 0) -> int:
-        """Tell the sender of a generation that serves these; return the serial that it answers with.
+        """Tell it of a generation that serves these; return the serial that it answers with.
 
         Of collectors of all streams it serves the copies of `messages`.
         """

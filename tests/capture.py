@@ -20,7 +20,7 @@ ETH_P_ALL, ETH_P_IP, ETH_P_IPV6, ARPHRD_ETHER, IPV6_FRAGMENT = 0x0003, 0x0800, 0
 SOL_PACKET, PACKET_RX_RING, PACKET_STATISTICS, PACKET_VERSION = 263, 5, 6, 10  # linux/if_packet.h
 PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING, TPACKET_V2, TP_STATUS_USER, TP_STATUS_CSUMNOTREADY = 15, 23, 1, 1, 8
 SLOT: Final = struct.Struct("=IIIHH16xHHiH")  # tpacket2_hdr: status, length, captured, frame, packet; sockaddr_ll
-BLOCK, SO_RCVBUFFORCE = 1 << 18, 33  # bytes; asm-generic/socket.h
+BLOCK, RING, SO_RCVBUFFORCE = 1 << 18, 1 << 25, 33  # bytes, bytes; asm-generic/socket.h
 T = TypeVar("T", bound="Arrival")
 
 
@@ -167,16 +167,16 @@ class Capture(Receiver[Datagram]):
     read. `partial=True` also takes checksums that are left for a network card to compute.
     """
 
-    def __init__(self, host: Host, interface: str, partial: bool = False, memory: int = 1 << 25) -> None:
+    def __init__(self, host: Host, interface: str, partial: bool = False) -> None:
         self.sock = host.socket(socket.AF_PACKET, socket.SOCK_RAW)
         self._partial, self._pending = partial, dict[Header, list[Packet]]()
         self._slot = 1 << (host.link(interface)["mtu"] + 128).bit_length()
-        self._slots, self._next = memory // self._slot, 0
+        self._slots, self._next = RING // self._slot, 0
         for option, value in ((PACKET_VERSION, TPACKET_V2), (PACKET_VNET_HDR, 1), (PACKET_IGNORE_OUTGOING, 1)):
             self.sock.setsockopt(SOL_PACKET, option, value)
-        ring = struct.pack("=IIII", BLOCK, memory // BLOCK, self._slot, self._slots)  # tpacket_req
+        ring = struct.pack("=IIII", BLOCK, RING // BLOCK, self._slot, self._slots)  # tpacket_req
         self.sock.setsockopt(SOL_PACKET, PACKET_RX_RING, ring)
-        self._ring = mmap.mmap(self.sock.fileno(), memory)
+        self._ring = mmap.mmap(self.sock.fileno(), RING)
         self.sock.bind((interface, ETH_P_ALL))
 
     def __exit__(self, *_: object) -> None:

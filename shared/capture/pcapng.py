@@ -135,7 +135,7 @@ class Heads(NamedTuple):
     ends: npt.NDArray[np.int64]
 
 
-def packet_heads(packets: Packets, destination: Destination, firsts: Iterable[First] = ()) -> Heads:
+def packet_heads(packets: Packets, destination: Destination, firsts: Iterable[First]) -> Heads:
     """Return the blocks of packets but for their payloads, and for the options of `firsts`."""
     count, six, captured = len(packets.words), packets.six, packets.captured
     lines = np.empty((count + 1, LINE4 if six is None else LINE6), "<u4")

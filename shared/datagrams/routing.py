@@ -115,7 +115,7 @@ class Router:
         members = [route for route in routes if route.client.group]
         asked = [route for route in routes if route.client.name in names]
         passing = {route.client.name: _passing(batch, route.client) for route in (*members, *asked)}
-        own = passing | _pick_members(batch, members, passing, joining=joining)
+        own = passing | _pick_members(batch, members, passing, None, joining)
         return [(route.client, passing[route.client.name], own[route.client.name]) for route in asked]
 
     def picking(self, stream: str) -> dict[str, str]:
@@ -202,8 +202,8 @@ def _pick_members(
     batch: Datagrams,
     routes: list[CollectorRoute],
     wanted: dict[str, Mask],
-    give_back: GiveBack | None = None,
-    joining: Collection[str] = (),
+    give_back: GiveBack | None,
+    joining: Collection[str],
 ) -> dict[str, Mask]:
     """Return, for each member of a group, the rows that it takes."""
     groups: dict[str, list[CollectorRoute]] = {}

@@ -53,9 +53,9 @@ def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
         raise SettingsError(f"{path}: {explain_toml(error)}") from None
 
 
-def load_listeners(path: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:
+def load_listeners(path: Path | None) -> Settings:
     """Return settings in which the gateway's listeners alone are those of a file that is wrong elsewhere, if it is."""
-    path = settings_file(path, environment)
+    path = settings_file(path, os.environ)
     with suppress(SettingsError, LookupError, TypeError, msgspec.ValidationError):
         if path is not None:
             listen = _parsed(path)[1]["gateway"]["listen"]

@@ -81,11 +81,11 @@ def in_ledger(stack: OpenStack) -> tuple[dict[str, Counter[str]], dict[str, dict
     return found, accounts
 
 
-def in_log(stack: OpenStack, event: str) -> Counter[tuple[str, str]]:
-    """Losses by collector and cause as the senders log them."""
+def ended_losses(stack: OpenStack) -> Counter[tuple[str, str]]:
+    """Losses by collector and cause, as the senders log their ends."""
     found: Counter[tuple[str, str]] = Counter()
     for name in ("forwarder", "transmitter"):
-        for line in stack[name].events(event):
+        for line in stack[name].events("loss ended"):
             found[line["of"], line["cause"]] += line["lost"]
     return found
 
@@ -110,7 +110,7 @@ def test_every_view_has_the_same_number(open_stack: OpenStack) -> None:
                 return all(listed().values())
 
             wait_until(all_lose, lambda: f"each collector loses something: {listed()}")
-        wait_until(lambda: len(in_log(stack, "loss ended")) >= len(COLLECTORS), "no loss grows any more")
+        wait_until(lambda: len(ended_losses(stack)) >= len(COLLECTORS), "no loss grows any more")
         ledger, accounts = in_ledger(stack)
         numbers = {name: lost(account) for name, account in accounts.items()}
         for name, (_, _, cause) in COLLECTORS.items():
@@ -129,7 +129,7 @@ def test_every_view_has_the_same_number(open_stack: OpenStack) -> None:
             if each["name"] == "copies"
         }
         assert said == numbers
-        logged = in_log(stack, "loss ended")
+        logged = ended_losses(stack)
         assert {(name, cause): count for name, found in ledger.items() for cause, count in found.items()} == logged
         sick = {line["of"]: line["health"] for line in stack["gateway"].events("collector health changed")}
         assert (sick["closed"], sick["nowhere"]) == ("refusing", "unreachable")

@@ -35,10 +35,10 @@ def wired(open_stack: OpenStack, settings: str = SETTINGS) -> Iterator[tuple[Hos
 
 
 @contextmanager
-def tcpdump(open_stack: OpenStack, host: Host, ethertype: int) -> Iterator[Running]:
+def tcpdump(open_stack: OpenStack, host: Host) -> Iterator[Running]:
     """Yield the frames that come in at a host's `far`, printed with every byte."""
     with host.entered(), ambient():
-        command = f"{need('tcpdump')} -Z root -l -nn -xx -i far ether proto {ethertype:#06x}".split()
+        command = f"{need('tcpdump')} -Z root -l -nn -xx -i far ether proto 0x0801".split()
         running = open_stack.spawn("tcpdump", command)
     running.wait_for("listening on")
     yield running
@@ -64,12 +64,12 @@ DOCUMENTED_ARGUMENTS = shlex.split(SHOWN.replace("eth1", "wire"))[1:]
 def test_documented_frame_is_on_the_wire_byte_for_byte(open_stack: OpenStack) -> None:
     """`tcpdump -xx` at the far end shows the documented frame, sent by `fanwire frame` and by the JSON protocol."""
     with wired(open_stack) as (relay, peer):
-        with tcpdump(open_stack, peer, 0x0801) as seen:
+        with tcpdump(open_stack, peer) as seen:
             assert fanwire(open_stack, relay, *DOCUMENTED_ARGUMENTS) == (0, "1 frame sent on wire\n")
             wait_until(lambda: len(dumped(seen.text)) >= len(DOCUMENTED), "tcpdump prints the frame")
             assert dumped(seen.text) == DOCUMENTED
             seen.stop()
-        with tcpdump(open_stack, peer, 0x0801) as seen, relay.entered():
+        with tcpdump(open_stack, peer) as seen, relay.entered():
             request = {"op": "transmit", "interface": "wire", "frame": DOCUMENTED.hex()}
             assert ask_json(request) == {"ok": True, "sent": 1}
             wait_until(lambda: len(dumped(seen.text)) >= len(DOCUMENTED), "tcpdump prints the frame")

@@ -264,10 +264,10 @@ def start_late(stack: Stack, version: int, more: str = "") -> RareTemplates:
     return exporter
 
 
-def join_late(exporter: RareTemplates, name: str, port: int) -> None:
-    """Sign a collector up, and send three flows more."""
+def join_late(exporter: RareTemplates, name: str) -> None:
+    """Sign a collector up at port 9995, and send three flows more."""
     with closing(exporter):
-        sign_up({"name": name, "streams": ["flows"], "port": port})
+        sign_up({"name": name, "streams": ["flows"], "port": 9995})
         for number in range(100, 103):
             exporter.flow(number)
 
@@ -277,7 +277,7 @@ def test_a_collector_that_joins_late_files_the_first_flow(stack: Stack, version:
     """`nfcapd`, begun after an exporter has told its templates, files the first flow it gets, and misses no number."""
     exporter = start_late(stack, version)
     nfcapd, directory = start_nfcapd(stack, 9995)
-    join_late(exporter, "nfcapd", 9995)
+    join_late(exporter, "nfcapd")
     with BusEnds(stack.bus) as bus:
         accounts_when(bus, "forwarder.1", lambda accounts: accounts["collector/nfcapd"].get("sent") == 3)
     nfcapd.stop()
@@ -334,7 +334,7 @@ def test_a_collector_that_joins_late_knows_the_sampling_rate(stack: Stack, versi
     )
     running = stack.spawn("nfacctd", [nfacctd, "-f", str(settings)])
     running.wait_for("Purging cache - END")  # before that it takes nothing, though it listens
-    join_late(exporter, "nfacctd", 9995)
+    join_late(exporter, "nfacctd")
     try:
         wait_until(lambda: filed.exists() and "10.9.0.102," in filed.read_text(), lambda: f"flows: {running.text}", 10)
     finally:

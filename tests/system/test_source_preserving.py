@@ -54,9 +54,9 @@ class Exporters:
         self._sockets[source].send(payload)
         self.sent[source].append(payload)
 
-    def send_sizes(self, sizes: Sequence[int], seed: int = 1) -> None:
+    def send_sizes(self, sizes: Sequence[int]) -> None:
         """Send a datagram of each size from each exporter, in bursts, the exporters in random turns."""
-        draw = random.Random(seed)
+        draw = random.Random(1)
         left = {source: list(sizes) for source in self._sockets}
         while left:
             source = draw.choice(list(left))

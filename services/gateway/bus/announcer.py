@@ -51,7 +51,7 @@ class Announcer:
         feed: EventFeed,
         serve_seconds: float,
         call_later: CallLater,
-        memory: Memory | None = None,
+        memory: Memory,
     ) -> None:
         self._feed = feed
         self._publisher = publisher

@@ -27,7 +27,7 @@ class TlsConnection(ClientConnection):
 
     __slots__ = ("_awaits_silence",)
 
-    def __init__(self, connections: "OpenConnections", *, remote: bool = False) -> None:
+    def __init__(self, connections: "OpenConnections", *, remote: bool) -> None:
         super().__init__(connections, remote=remote)
         self._awaits_silence = False
 

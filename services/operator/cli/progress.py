@@ -41,10 +41,9 @@ class Progress:
 
 
 class Bar:
-    """Shows a bar with the share that is done, a count, and the time that is left; nothing without a terminal."""
+    """Shows a bar with the share and the datagrams sent, and the time that is left; nothing without a terminal."""
 
-    def __init__(self, done: str) -> None:
-        self._done = done
+    def __init__(self) -> None:
         self._bar: RichProgress | None = None
         self._show_at = 0.0
 
@@ -52,7 +51,7 @@ class Bar:
         """Show the count and the share, from 0 to 1, if it is time."""
         if self._bar is not None and (now := time.monotonic()) >= self._show_at:
             self._show_at = now + STEP_SECONDS
-            self._bar.update(self._bar.task_ids[0], completed=share, description=f"{count} {self._done}")
+            self._bar.update(self._bar.task_ids[0], completed=share, description=f"{count} datagrams sent")
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
@@ -61,7 +60,7 @@ class Bar:
 
             columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.add_task(f"0 {self._done}", total=1.0)
+            self._bar.add_task("0 datagrams sent", total=1.0)
             self._bar.start()
         return self
 

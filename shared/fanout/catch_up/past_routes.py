@@ -114,7 +114,7 @@ class PastRoutes(Generic[D]):
         marks[PASSED] -= count
 
     def route_past(
-        self, name: str, batch: Gathered, sharing: Sharing, outcomes: Outcomes | None = None
+        self, name: str, batch: Gathered, sharing: Sharing, outcomes: Outcomes | None
     ) -> list[tuple[D, Selection]]:
         """Return the rows of a batch of the past that its collector gets, and count those that it does not get."""
         served, router = self._collectors[name], sharing.router

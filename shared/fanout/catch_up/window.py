@@ -72,7 +72,6 @@ class Window:
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
-        seconds: float = SECONDS,
         most_bytes: int = MOST_BYTES,
         *,
         journaled: bool = True,
@@ -80,7 +79,7 @@ class Window:
         self.first = self.stop = 0
         self.size = 0
         self._clock = clock
-        self.seconds = seconds
+        self.seconds = SECONDS
         self._most_bytes = most_bytes
         self.journaled = journaled
         self._order: deque[tuple[float, Numbered]] = deque()

@@ -103,9 +103,9 @@ class PlayedGateway:
 class PlayedService:
     """Publishes as any service would, with the numbers that the test wants."""
 
-    def __init__(self, directory: Path, name: str, boot: int = 1) -> None:
+    def __init__(self, directory: Path, name: str) -> None:
         self.name = name
-        self.boot = boot
+        self.boot = 1
         self._context = new_context()
         self._socket = configure(self._context.socket(zmq.XPUB), 100)
         self._socket.connect(ipc_endpoint(directory, "publish"))

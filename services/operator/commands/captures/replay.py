@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         wanted.past.since_ns, wanted.past.until_ns = place.since_ns, place.until_ns
     with ExitStack() as stack:
         sender = stack.enter_context(ReplaySender(address, port))
-        bar = stack.enter_context(Bar("datagrams sent"))
+        bar = stack.enter_context(Bar())
         whole = _replay(lifecycle, wanted, sender, place, bar, arguments)
     _keep(arguments.resume, place, whole=whole)
     return _tell(arguments, wanted, sender, place, whole=whole)

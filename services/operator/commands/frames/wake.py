@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     return transmit(settings, arguments.interface, frame)
 
 
-def magic(mac: bytes, password: bytes = b"") -> bytes:
+def magic(mac: bytes, password: bytes) -> bytes:
     """Return the bytes that the sleeping computer waits for: six times ff, sixteen times its address, any password."""
     return BROADCAST + mac * 16 + password
 

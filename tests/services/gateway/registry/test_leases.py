@@ -48,10 +48,10 @@ def test_expiry_that_is_not_kept_comes_later() -> None:
     assert registry.present == []
 
 
-def lease(registry: Table, count: int, ttl: float = 10) -> list[Entry]:
+def lease(registry: Table, count: int) -> list[Entry]:
     """Make a number of entries with a lease, each of another holder."""
     peers = [Peer(number, "192.0.2.7", 4000, Rights(f"h{number}")) for number in range(count)]
-    return [registry.join(f"n{number}", peer, ttl=ttl) for number, peer in enumerate(peers)]
+    return [registry.join(f"n{number}", peer, ttl=10) for number, peer in enumerate(peers)]
 
 
 def test_many_missing_renewals_stop_expiry() -> None:

@@ -22,10 +22,10 @@ from tests.stack import Stack, wait_until
 SETTINGS = Settings()
 
 
-def paths(host: Host, addresses: Iterable[str], settings: Settings = SETTINGS) -> NetworkFacts:
+def paths(host: Host, addresses: Iterable[str]) -> NetworkFacts:
     """Return the ways that this host would send to these."""
     with host.entered(), closing(Netlink()) as netlink:
-        return network_facts(settings, netlink, netlink.links(), addresses)
+        return network_facts(SETTINGS, netlink, netlink.links(), addresses)
 
 
 def host_of(host: Host, settings: Settings = SETTINGS) -> HostFacts:

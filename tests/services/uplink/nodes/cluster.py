@@ -184,10 +184,10 @@ class Cluster:
         """Wait until these nodes and no others serve collectors, as the first one says."""
         wait_until(lambda: {self.served_by(each) for each in self.collectors} == {*nodes}, "all nodes serve collectors")
 
-    def wait_quiet(self, seconds: float = 1.0) -> None:
-        """Wait until no collector has got anything for a while."""
+    def wait_quiet(self) -> None:
+        """Wait until no collector has got anything for a second."""
         before, since = -1, time.monotonic()
-        while time.monotonic() < since + seconds:
+        while time.monotonic() < since + 1:
             got = sum(len(collector.got) for collector in self.collectors)
             if got != before:
                 before, since = got, time.monotonic()

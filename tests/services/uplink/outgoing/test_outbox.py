@@ -26,9 +26,9 @@ def clock() -> Clock:
     return Clock()
 
 
-def outbox(clock: Clock, most: int = 1000, in_flight: int = 4) -> Outbox:
+def outbox(clock: Clock, most: int = 1000) -> Outbox:
     """An outbox with a connection."""
-    made = Outbox(most, in_flight, lambda _: Counter(), clock)
+    made = Outbox(most, 4, lambda _: Counter(), clock)
     made.connect()
     return made
 

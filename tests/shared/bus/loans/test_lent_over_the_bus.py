@@ -41,9 +41,9 @@ def pool_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[PoolClock]:
     gc.collect()
 
 
-def large(number: int, count: int = 10) -> list[bytes]:
+def large(number: int) -> list[bytes]:
     """Payloads, worth lending, that are in no other batch."""
-    return [b"%d.%d," % (number, row) * 1000 for row in range(count)]
+    return [b"%d.%d," % (number, row) * 1000 for row in range(10)]
 
 
 def loan_of(message: Message) -> int:

@@ -177,7 +177,7 @@ def test_its_place_is_kept_within_a_batch(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(replay, "KEEP_SECONDS", 0.0)
     bookmark = replay.Bookmark(stream="flows", to="siem", source=None, since_ns=0, until_ns=0)
     options = Namespace(rate=1e9, speed=1.0, resume=place)
-    with Bar("datagrams sent") as bar:
+    with Bar() as bar:
         assert replay._replay(SimpleNamespace(draining=False), wanted, Sender(), bookmark, bar, options)  # type: ignore[arg-type]
     assert len(sent) == 8
     assert kept == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 2), (7, 3)]
