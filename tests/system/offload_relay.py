@@ -1,7 +1,6 @@
 """A relay with every service, exporters that send numbered datagrams through it, and collectors that count them."""
 
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any, Final
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import BUS_FULL, MISSED
 from shared.net.sockets import enlarge_receive_buffer
+from tests.background import Background, Reading
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.services.offload.site import EXPORTERS, PORT, RELAY, SIEMS, OffloadSite
@@ -21,58 +21,39 @@ from tests.traffic import pause
 PER_SECOND: Final = 200
 
 
-class Exporting(threading.Thread):
+class Exporting(Background):
     """Exporters that send numbered datagrams in turn until told to stop; some come in fragments."""
 
     def __init__(self, site: OffloadSite, opened: ExitStack) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self.sent = 0
         self._sockets = [opened.enter_context(site.exporting(number)) for number in range(len(EXPORTERS[4]))]
-        self._stopping = threading.Event()
 
     def run(self) -> None:
         """Send evenly."""
-        while not self._stopping.is_set():
+        while not self.stopping.is_set():
             sock = self._sockets[self.sent % len(self._sockets)]
             with suppress(OSError):  # while the cable is away
                 sock.sendto(self.sent.to_bytes(4) + bytes(3000 if self.sent % 50 == 0 else 200), (RELAY[4], PORT))
                 self.sent += 1
             pause(1 / PER_SECOND)
 
-    def stop(self) -> int:
-        """Stop; return how many were sent."""
-        self._stopping.set()
-        if self.ident is not None:
-            self.join()
-        return self.sent
 
-
-class Counted(threading.Thread):
+class Counted(Reading):
     """A collector's socket, and how often each number has come."""
 
     def __init__(self, site: OffloadSite, address: str, port: int) -> None:
-        super().__init__(daemon=True)
+        super().__init__(site.siem.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self.came: Counter[int] = Counter()
         self.times: list[float] = []
         """Times at which copies came (time.monotonic)."""
-        self._socket = site.siem.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        enlarge_receive_buffer(self._socket, 1 << 25)
-        self._socket.bind((address, port))
-        self._socket.settimeout(0.1)
-        self._ending = False
+        enlarge_receive_buffer(self.socket, 1 << 25)
+        self.socket.bind((address, port))
 
-    def run(self) -> None:
-        """Read until told to end."""
-        while not self._ending:
-            with suppress(TimeoutError):
-                self.came[int.from_bytes(self._socket.recv(4096)[:4])] += 1
-                self.times.append(time.monotonic())
-
-    def close(self) -> None:
-        """End."""
-        self._ending = True
-        self.join()
-        self._socket.close()
+    def take(self, payload: bytes, _peer: Any) -> None:
+        """Count a copy."""
+        self.came[int.from_bytes(payload[:4])] += 1
+        self.times.append(time.monotonic())
 
 
 class Relay:

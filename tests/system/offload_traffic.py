@@ -15,6 +15,7 @@ import pytest
 
 from shared.datagrams.limits import MAX_ROWS
 from shared.datagrams.mmsg import IOVEC, MMSGHDR, ReceiveArena, addresses_of, send
+from tests.background import Background
 from tests.benchmarks.site import Sink
 from tests.services.offload.site import EXPORTERS, PORT, RELAY, OffloadSite, packed
 from tests.system.offload_collectors import Place
@@ -49,16 +50,15 @@ def key_of(place: Place, exporter: int = 0) -> int:
     return (packed(place[0])[-1] << 16 | place[1]) << 4 | exporter
 
 
-class Traffic(threading.Thread):
+class Traffic(Background):
     """Exporters that send bursts of numbered datagrams in turn, so many a second, until told to stop."""
 
     def __init__(self, site: OffloadSite, opened: ExitStack, rate: float, draw: np.random.Generator) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._rate, self._draw = rate, draw
         self.sent = np.zeros(len(ADDRESSES), np.int64)
         """By exporter: datagrams that have been sent, or are just being sent."""
         self.refused = 0
-        self._ending = False
         self._vectors = []
         for number in range(len(ADDRESSES)):
             version = 4 if number < len(EXPORTERS[4]) else 6
@@ -73,9 +73,9 @@ class Traffic(threading.Thread):
             self._vectors.append((sock, payloads, pieces, headers))
 
     def run(self) -> None:
-        """Send until told to end."""
+        """Send until told to stop."""
         began, count = time.monotonic(), 0
-        while not self._ending:
+        while not self.stopping.is_set():
             if count > (time.monotonic() - began) * self._rate:
                 time.sleep(0.001)
                 continue
@@ -97,12 +97,6 @@ class Traffic(threading.Thread):
             elif error:
                 time.sleep(0.0002)
             start += taken
-
-    def stop(self) -> None:
-        """End."""
-        self._ending = True
-        if self.ident is not None:
-            self.join()
 
 
 @dataclass(slots=True)
@@ -143,11 +137,11 @@ class Came:
         return ""
 
 
-class Frames(threading.Thread):
+class Frames(Background):
     """Reads all frames that come to the collectors' host, and looks at each copy's number, source and order."""
 
     def __init__(self, site: OffloadSite, opened: ExitStack) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._site, self._opened = site, opened
         self._places: dict[Place, socket.socket] = {}
         self.came: defaultdict[int, Came] = defaultdict(Came)
@@ -167,7 +161,6 @@ class Frames(threading.Thread):
                 pytest.skip("only root can have a receive buffer in which all copies wait")
             sock.setblocking(False)
             self._socks[version] = sock
-        self._ending = False
         self._lock = threading.Lock()
 
     def expect(self, version: int, place: Place, *, relayed: bool) -> None:
@@ -183,9 +176,9 @@ class Frames(threading.Thread):
                 self.relayed.add(key_of(place))
 
     def run(self) -> None:
-        """Read until told to end."""
+        """Read until told to stop."""
         arena = ReceiveArena()
-        while not self._ending:
+        while not self.stopping.is_set():
             found = sum(self._read(arena, version) for version in ETHERTYPES)
             if sum(map(len, self._kept)) >= DIGESTED or not found:
                 self.digest()
@@ -237,12 +230,6 @@ class Frames(threading.Thread):
         for sock in self._socks.values():
             self.dropped += int.from_bytes(sock.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8)[4:], "little")
         return self.dropped
-
-    def stop(self) -> None:
-        """End."""
-        self._ending = True
-        if self.ident is not None:
-            self.join()
 
 
 def _parse4(heads: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:

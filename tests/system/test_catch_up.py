@@ -7,7 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 
 from shared.ledger.accounts import Accounts
 from shared.ledger.equations import dropped
-from shared.net.sockets import enlarge_receive_buffer
+from tests.background import Background, Reading
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.stack import PATIENT, ask_json, sign_up, wait_until
@@ -35,14 +35,13 @@ catch_up_per_second = {per_second}
 """
 
 
-class Exporters(threading.Thread):
+class Exporters(Background):
     """Exporters that send numbered datagrams in turn until told to stop; `sent` is how many each has sent."""
 
     def __init__(self, per_second: int = 750) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self.sent = [0] * len(EXPORTERS)
         self._per_second = per_second
-        self._stopping = threading.Event()
         self.paused, self.idle = threading.Event(), threading.Event()
 
     def run(self) -> None:
@@ -53,47 +52,34 @@ class Exporters(threading.Thread):
                 sock.bind((EXPORTERS[number], 0))
                 sock.connect((OURS, 6667))
             began, rounds = time.monotonic(), 0
-            while not self._stopping.is_set():
+            while not self.stopping.is_set():
                 for number, sock in enumerate(sockets):
                     sock.send(bytes((number,)) + self.sent[number].to_bytes(4) + bytes(100 + 13 * number))
                     self.sent[number] += 1
                 rounds += 1
-                while self.paused.is_set() and not self._stopping.is_set():
+                while self.paused.is_set() and not self.stopping.is_set():
                     self.idle.set()
                     pause(0.01)
                     began = time.monotonic() - rounds * len(sockets) / self._per_second
                 pause(max(0.0, began + rounds * len(sockets) / self._per_second - time.monotonic()))
 
-    def stop(self) -> int:
-        """Stop; return how many were sent."""
-        self._stopping.set()
-        self.join()
-        return sum(self.sent)
 
-
-class Counted(threading.Thread):
+class Counted(Reading):
     """A collector's socket: `numbers` are those that came, in order, by exporter; `sources` are their addresses."""
 
     def __init__(self, port: int) -> None:
-        super().__init__(daemon=True)
-        self.socket, _ = open_receiver(OURS, port)
-        enlarge_receive_buffer(self.socket, 1 << 26)
-        self.socket.settimeout(0.1)
+        super().__init__(open_receiver(OURS, port)[0])
         self.numbers: defaultdict[int, list[int]] = defaultdict(list)
         self.sources: defaultdict[int, set[str]] = defaultdict(set)
         self.count = 0
-        self._ending = False
 
-    def run(self) -> None:
-        """Read until told to end."""
-        while not self._ending:
-            with suppress(TimeoutError):
-                payload, (source, _) = self.socket.recvfrom(2000)
-                if found := self.read(payload):
-                    exporter, number = found
-                    self.numbers[exporter].append(number)
-                    self.sources[exporter].add(source)
-                    self.count += 1
+    def take(self, payload: bytes, peer: Any) -> None:
+        """Note a datagram."""
+        if found := self.read(payload):
+            exporter, number = found
+            self.numbers[exporter].append(number)
+            self.sources[exporter].add(peer[0])
+            self.count += 1
 
     def read(self, payload: bytes) -> tuple[int, int] | None:
         """Return exporter and number of a datagram that counts."""
@@ -103,12 +89,6 @@ class Counted(threading.Thread):
         """Assert that each number came once and in order."""
         for number, count in enumerate(sent):
             assert self.numbers[number] == list(range(count)), f"exporter {number}"
-
-    def close(self) -> None:
-        """End."""
-        self._ending = True
-        self.join()
-        self.socket.close()
 
 
 def register(name: str, source: str, port: int, **more: Any) -> dict[str, Any]:
@@ -167,7 +147,8 @@ def test_a_collector_that_was_away_misses_nothing(open_stack: OpenStack, source:
         wait_level("away")
         here = live.count
         wait_until(lambda: live.count > here + 150, "live copies flow")
-        sent = load.stop()
+        load.stop()
+        sent = sum(load.sent)
         wait_until(lambda: live.count == away.count == sent, lambda: f"{live.count} {away.count} of {sent}")
         away.assert_whole(load.sent)
         live.assert_whole(load.sent)
@@ -227,7 +208,8 @@ def test_a_collector_whose_port_is_closed_for_a_while_misses_nothing(open_stack:
             second.start()
             wait_until(lambda: second.count > 1500, lambda: f"it catches up: {second.count} {entry('siem')}")
             wait_level("siem")
-            sent = load.stop()
+            load.stop()
+            sent = sum(load.sent)
             wait_until(lambda: first.count + second.count >= sent, lambda: f"{first.count} + {second.count} of {sent}")
         for number, count in enumerate(load.sent):
             assert first.numbers[number] + second.numbers[number] == list(range(count))
@@ -336,7 +318,8 @@ def test_three_catch_up_at_once_and_live_ones_lose_nothing(open_stack: OpenStack
             register(name, source, 9514 + names.index(name), since="left")
         for name in places:
             wait_level(name)
-        sent = load.stop()
+        load.stop()
+        sent = sum(load.sent)
         for name, sink in sinks.items():
             wait_until(lambda sink=sink: sink.count >= sent, lambda sink=sink, name=name: f"{name}: {sink.count}")  # type: ignore[misc]
             sink.assert_whole(load.sent)

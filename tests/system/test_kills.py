@@ -3,13 +3,13 @@
 import json
 import signal
 import socket
-import threading
 from contextlib import closing, suppress
 from typing import Any
 
 import pytest
 
 from shared.ledger.equations import dropped
+from tests.background import Background
 from tests.openly import OpenStack
 from tests.stack import PATIENT, ask_json, sign_up, wait_until
 from tests.traffic import open_receiver, pause
@@ -17,12 +17,11 @@ from tests.traffic import open_receiver, pause
 EXPORTER = "127.0.0.2"
 
 
-class Flood(threading.Thread):
+class Flood(Background):
     """Sends numbered datagrams until told to stop."""
 
     def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.stopping = threading.Event()
+        super().__init__()
         self.sent = 0
 
     def run(self) -> None:
@@ -71,8 +70,7 @@ def test_whoever_is_killed_all_goes_on(open_stack: OpenStack, name: str) -> None
         try:
             wait_until(lambda: both_reach(reached), "both kinds flow again")
         finally:
-            flood.stopping.set()
-            flood.join()
+            flood.stop()
         wait_until(lambda: both_reach(flood.sent - 1), "the last one comes")
     for numbers in came.values():
         assert len(set(numbers)) == len(numbers), "a copy came twice"

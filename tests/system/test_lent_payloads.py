@@ -4,7 +4,6 @@ import hashlib
 import os
 import signal
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from contextlib import closing
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +20,7 @@ from shared.bus.status import Reports
 from shared.ledger.accounts import Accounts
 from shared.ledger.equations import discrepancies, dropped
 from shared.net.sockets import kernel_drops
+from tests.background import Reading
 from tests.builders import BusEnds, freeze, kill_all
 from tests.stack import Running, Stack, sign_up, wait_until
 from tests.traffic import exporters, open_receiver, pause
@@ -37,14 +38,11 @@ def payload(exporter: int, number: int) -> bytes:
     return (head + hashlib.sha256(head).digest() * (size // 32 + 1))[:size]
 
 
-class Sink(threading.Thread):
+class Sink(Reading):
     """A collector that checks every copy when it comes."""
 
     def __init__(self, port: int) -> None:
-        super().__init__(daemon=True)
-        self._socket, _ = open_receiver("127.0.0.1", port, 1 << 28)
-        self._socket.settimeout(0.1)
-        self._stopping = threading.Event()
+        super().__init__(open_receiver("127.0.0.1", port, 1 << 28)[0])
         self.came: list[list[int]] = [[] for _ in range(EXPORTERS)]
         self.wrong: list[bytes] = []
 
@@ -56,7 +54,7 @@ class Sink(threading.Thread):
     @property
     def lost(self) -> int:
         """Copies so far that the kernel has dropped, as this thread did not read fast enough for its receive buffer."""
-        return kernel_drops(self._socket)
+        return kernel_drops(self.socket)
 
     def quiet(self, seconds: float) -> bool:
         """Return whether nothing comes for a while."""
@@ -64,30 +62,19 @@ class Sink(threading.Thread):
         time.sleep(seconds)
         return self.count == before
 
-    def run(self) -> None:
-        """Receive until told to stop."""
-        while not self._stopping.is_set():
-            try:
-                copy = self._socket.recv(1 << 16)
-            except TimeoutError:
-                continue
-            exporter, number = int.from_bytes(copy[:2]), int.from_bytes(copy[2:HEAD])
-            if exporter < EXPORTERS and copy == payload(exporter, number):
-                self.came[exporter].append(number)
-            else:
-                self.wrong.append(copy)
+    def take(self, copy: bytes, _peer: Any) -> None:
+        """Check a copy."""
+        exporter, number = int.from_bytes(copy[:2]), int.from_bytes(copy[2:HEAD])
+        if exporter < EXPORTERS and copy == payload(exporter, number):
+            self.came[exporter].append(number)
+        else:
+            self.wrong.append(copy)
 
     def check(self) -> None:
         """Every copy was a datagram that was sent, none came twice, and each exporter's came in order."""
         assert self.wrong == []
         for numbers in self.came:
             assert all(before < after for before, after in pairwise(numbers))
-
-    def close(self) -> None:
-        """Receive no more."""
-        self._stopping.set()
-        self.join()
-        self._socket.close()
 
 
 class Flood:

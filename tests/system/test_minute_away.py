@@ -2,7 +2,6 @@
 
 import socket
 import struct
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -13,6 +12,7 @@ import pytest
 from shared.ledger.accounts import Accounts
 from shared.ledger.equations import dropped
 from shared.net.sockets import kernel_drops
+from tests.background import Background
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.services.ingest.flows import exported
@@ -44,17 +44,16 @@ RECORDS = exported.a_set(256, bytes(range(8)) * 60)
 TEXT = b" sshd[1234]: Accepted publickey for admin from 192.0.2.7 port 51234 ssh2" * 2
 
 
-class SiteTraffic(threading.Thread):
+class SiteTraffic(Background):
     """All exporters, each with its own address; `sent` is how many datagrams each has sent.
 
     A flow exporter numbers datagrams from 1 on, behind a template, which it sends only once.
     """
 
     def __init__(self, per_second: int) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self.sent = [0] * (FLOW_EXPORTERS + SYSLOG_EXPORTERS)
         self._per_second = per_second
-        self._stopping = threading.Event()
 
     def run(self) -> None:
         """Send round after round, flows between the lines."""
@@ -71,7 +70,7 @@ class SiteTraffic(threading.Thread):
             turns += range(FLOW_EXPORTERS, len(self.sent))
             turns.sort(key=lambda turn: turn * 7919 % len(self.sent))
             began, count = time.monotonic(), 0
-            while not self._stopping.is_set():
+            while not self.stopping.is_set():
                 for number in turns:
                     self.sent[number] += 1
                     sockets[number].send(
@@ -87,12 +86,6 @@ class SiteTraffic(threading.Thread):
 
     def _line(self, number: int) -> bytes:
         return b"<38>%06d %010d" % (number, self.sent[number]) + TEXT[: 20 + number % 100]
-
-    def stop(self) -> int:
-        """Stop; return how many were sent."""
-        self._stopping.set()
-        self.join()
-        return sum(self.sent)
 
 
 class SiteCollector(Counted):
@@ -148,7 +141,8 @@ def test_a_site_is_whole_after_a_minute_away(open_stack: OpenStack, source: str,
         began = time.monotonic()
         wait_until(lambda: entry("siem") and "catching_up" not in entry("siem"), lambda: f"{entry('siem')}", 300)
         took, at = time.monotonic() - began, sum(load.sent)
-        sent = load.stop()
+        load.stop()
+        sent = sum(load.sent)
         wait_until(
             lambda: siem.count >= sent, lambda: f"{siem.count} of {sent}, {kernel_drops(siem.socket)} dropped here"
         )

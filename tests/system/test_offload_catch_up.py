@@ -27,7 +27,8 @@ def test_what_rules_have_copied_does_not_come_from_the_journal_again(open_stack:
             if since != "left":
                 again.append(range(earlier, exporting.sent))
             site.wait_level()
-        sent = exporting.stop()
+        exporting.stop()
+        sent = exporting.sent
         wait_until(lambda: len(came.came) == sent, lambda: f"{sent} come, not {len(came.came)}")
         most = {number: 1 + sum(number in asked for asked in again) for number in came.came}
         too_many = [number for number, count in came.came.items() if count > most[number]]

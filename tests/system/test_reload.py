@@ -3,10 +3,9 @@
 import random
 import signal
 import socket
-import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from shared.log import WORKER_CAME, WORKER_GONE
+from tests.background import Background, Reading
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.stack import PATIENT, Running, Stack, ask_json, sign_up, wait_until
@@ -29,21 +29,16 @@ CYCLE = (A + B, A + B + SIEM, A + C + SOME, A + B + C + SIEM + SOME, A + "[[stre
 SERVICES = ("gateway", "forwarder", "ingest.1", "ingest.2")
 
 
-class Reader(threading.Thread):
+class Reader(Reading):
     """A collector that takes all that comes, until the test is over."""
 
     def __init__(self, port: int) -> None:
-        super().__init__(daemon=True)
+        super().__init__(open_receiver("127.0.0.1", port)[0])
         self.came: list[bytes] = []
-        self.socket, _ = open_receiver("127.0.0.1", port)
-        self.socket.settimeout(0.1)
-        self.ending = threading.Event()
 
-    def run(self) -> None:
-        """Take datagrams."""
-        while not self.ending.is_set():
-            with suppress(TimeoutError):
-                self.came.append(self.socket.recv(100))
+    def take(self, payload: bytes, _peer: Any) -> None:
+        """Take a datagram."""
+        self.came.append(payload)
 
     def wait_for(self, datagram: bytes, sock: socket.socket) -> None:
         """Send a datagram until it comes: the subscription to a new stream is on its way when the reload is said."""
@@ -68,18 +63,17 @@ class Reader(threading.Thread):
         return found
 
 
-class Load(threading.Thread):
+class Load(Background):
     """Sends numbered datagrams to stream a, one after the other of each exporter, until told to stop."""
 
     def __init__(self, sources: list[socket.socket]) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._sources = sources
-        self.ending = threading.Event()
         self.sent = 0
 
     def run(self) -> None:
         """Send rounds, at a rate that no buffer is too small for."""
-        while not self.ending.is_set():
+        while not self.stopping.is_set():
             for exporter, sock in enumerate(self._sources):
                 sock.send(b"a" + exporter.to_bytes(1) + self.sent.to_bytes(4))
             self.sent += 1
@@ -95,10 +89,7 @@ def running(*threads: Reader | Load) -> Iterator[None]:
         yield
     finally:
         for thread in threads:
-            thread.ending.set()
-            thread.join()
-            if isinstance(thread, Reader):
-                thread.socket.close()
+            thread.close() if isinstance(thread, Reader) else thread.stop()
 
 
 def is_free(port: int) -> bool:

@@ -3,15 +3,15 @@
 import json
 import signal
 import socket
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
 
 import pytest
 
 from shared.ledger.accounts import Accounts
 from shared.ledger.equations import dropped
-from shared.net.sockets import enlarge_receive_buffer
+from tests.background import Background, Reading
 from tests.builders import BusEnds, accounts_when
 from tests.openly import OpenStack
 from tests.stack import PATIENT, sign_up, wait_until
@@ -23,12 +23,11 @@ PORTS = {"counted": 9514, "some": 9515}
 """Collectors: one of all datagrams, and one of every third that is from the second exporter."""
 
 
-class Numbered(threading.Thread):
+class Numbered(Background):
     """Sends numbered datagrams, some hundred bytes each, from two exporters in turn until told to stop."""
 
     def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._stopping = threading.Event()
+        super().__init__()
         self.sent = 0
         """The exact number."""
 
@@ -39,41 +38,23 @@ class Numbered(threading.Thread):
             for sender, address in zip(senders, EXPORTERS, strict=True):
                 sender.bind((address, 0))
                 sender.connect((OURS, 6667))
-            while not self._stopping.is_set():
+            while not self.stopping.is_set():
                 for _ in range(8):
                     senders[self.sent % len(senders)].send(self.sent.to_bytes(4) + bytes(200))
                     self.sent += 1
                 pause(0.01)
 
-    def stop(self) -> int:
-        """Stop, and return how many were sent."""
-        self._stopping.set()
-        self.join()
-        return self.sent
 
-
-class Sink(threading.Thread):
+class Sink(Reading):
     """A collector's socket, read at once: `numbers` are those that came, in order."""
 
     def __init__(self, port: int) -> None:
-        super().__init__(daemon=True)
-        self.socket, _ = open_receiver(OURS, port)
-        enlarge_receive_buffer(self.socket, 1 << 25)
-        self.socket.settimeout(0.1)
+        super().__init__(open_receiver(OURS, port)[0])
         self.numbers: list[int] = []
-        self._ending = False
 
-    def run(self) -> None:
-        """Read until told to end."""
-        while not self._ending:
-            with suppress(TimeoutError):
-                self.numbers.append(int.from_bytes(self.socket.recv(1000)[:4]))
-
-    def close(self) -> None:
-        """End."""
-        self._ending = True
-        self.join()
-        self.socket.close()
+    def take(self, payload: bytes, _peer: Any) -> None:
+        """Note a number."""
+        self.numbers.append(int.from_bytes(payload[:4]))
 
 
 @contextmanager
@@ -124,7 +105,8 @@ def test_a_restart_of_a_sender_loses_nothing_and_a_kill_nothing_that_is_not_coun
             open_stack.start(sender)
         before = len(sink.numbers)
         wait_until(lambda: len(sink.numbers) > before + 300, "copies flow again")
-        sent = load.stop()
+        load.stop()
+        sent = load.sent
         wait_until(lambda: sent - 1 in sink.numbers[-4096:], "the last one has come")
 
         def complete(found: Accounts) -> bool:

@@ -2,26 +2,26 @@
 
 import signal
 import socket
-import threading
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shared.ledger.equations import dropped
+from tests.background import Background, Reading
 from tests.builders import freeze, kill_all
 from tests.stack import DRAIN_SECONDS, Stack, ask_json, sign_up, wait_until
 from tests.traffic import exporters, open_receiver, pause
 
 
-class Load(threading.Thread):
+class Load(Background):
     """Sends datagrams in bursts, some ten thousand a second, until told to stop."""
 
     def __init__(self, sources: list[socket.socket]) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._sources = sources
         self.sent = 0
-        self.stopping = threading.Event()
 
     def run(self) -> None:
         """Send bursts."""
@@ -34,27 +34,14 @@ class Load(threading.Thread):
             pause(0.002)
 
 
-class Arrived(threading.Thread):
-    """Counts what comes to a collector's socket, until told to end."""
+class Arrived(Reading):
+    """Counts what comes to a collector's socket, until told to stop."""
 
-    def __init__(self, sink: socket.socket) -> None:
-        super().__init__(daemon=True)
-        self._sink = sink
-        self._ending = False
-        self.count = 0
+    count = 0
 
-    def run(self) -> None:
-        """Read, and count."""
-        self._sink.settimeout(0.1)
-        while not self._ending:
-            with suppress(TimeoutError):
-                self._sink.recv(1000)
-                self.count += 1
-
-    def end(self) -> None:
-        """Count no more."""
-        self._ending = True
-        self.join()
+    def take(self, _payload: bytes, _peer: Any) -> None:
+        """Count a datagram."""
+        self.count += 1
 
 
 @pytest.mark.parametrize("name", ["ingest.1", "forwarder", "gateway", "broker"])
@@ -72,8 +59,7 @@ def test_each_process_drains_under_load(stack: Stack, name: str, number: signal.
         arrived.start()
         wait_until(lambda: arrived.count > 1000, "copies flow")
         assert stack[name].stop(number, seconds=DRAIN_SECONDS) == 0
-        load.stopping.set()
-        load.join()
+        load.stop()
         drained = {event["service"]: event for running in stack.running for event in running.events("drained")}
         if name == "ingest.1":
             assert drained[name]["stream/s"]["published"] == drained[name]["stream/s"]["received"] <= load.sent
@@ -82,7 +68,7 @@ def test_each_process_drains_under_load(stack: Stack, name: str, number: signal.
             account = drained["forwarder.1"]["accounts"]["collector/c"]
             wait_until(lambda: arrived.count == account["sent"], "all that it says it sent arrives")
             assert account["sent"] + dropped(account) == account["offered"]
-        arrived.end()
+        arrived.stop()
     for other in ("ingest.1", "forwarder", "gateway", "broker"):
         if other != name:
             assert stack[other].process.poll() is None, f"{other} ended with {name}: {stack[other].text}"
@@ -107,8 +93,7 @@ def test_each_process_ends_beside_a_broker_that_stands_still(stack: Stack, name:
             ask_json({"op": "register", "name": f"n{number}"})
         pause(1)  # for the status that each publishes every second
         assert stack[name].stop(seconds=DRAIN_SECONDS) == 0
-        load.stopping.set()
-        load.join()
+        load.stop()
     kill_all(stack)
 
 

@@ -6,11 +6,11 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
+from tests.background import Background
 from tests.stack import CHECKOUT, Running, Stack, sign_up, wait_until
 from tests.traffic import exporters, open_receiver, pause
 
@@ -76,28 +76,21 @@ def test_one_that_ends_ends_all_under_honcho(stack: Stack) -> None:
     assert "broker.1 stopped (rc=0)" in honcho.text
 
 
-class Flood(threading.Thread):
+class Flood(Background):
     """Sends numbered datagrams from many exporters until told to stop, at a rate that leaves buffers empty."""
 
     def __init__(self, sources: list[socket.socket]) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._sources = sources
-        self._stopping = threading.Event()
         self.sent = 0
 
     def run(self) -> None:
         """Send rounds, each exporter once."""
-        while not self._stopping.is_set():
+        while not self.stopping.is_set():
             for exporter, sock in enumerate(self._sources):
                 sock.send(exporter.to_bytes(2) + self.sent.to_bytes(4))
             self.sent += 1
             pause(0.01)
-
-    def stop(self) -> int:
-        """Stop and return how many datagrams each exporter has sent."""
-        self._stopping.set()
-        self.join()
-        return self.sent
 
 
 def test_killed_worker_loses_only_what_it_held(stack: Stack) -> None:
@@ -115,7 +108,8 @@ def test_killed_worker_loses_only_what_it_held(stack: Stack) -> None:
         stack["ingest.2"].stop(signal.SIGKILL)
         at = flood.sent
         wait_until(lambda: flood.sent > at + 100, "the flood goes on")
-        rounds = flood.stop()
+        flood.stop()
+        rounds = flood.sent
         came: dict[int, list[int]] = {number: [] for number in range(EXPORTERS)}
         sink.settimeout(2)
         try:

@@ -2,12 +2,12 @@ import json
 import random
 import signal
 import socket
-import threading
 import time
 from typing import Any
 
 import pytest
 
+from tests.background import Background
 from tests.stack import PATIENT, Stack, ask_json, wait_until
 from tests.traffic import CheckingCollector, payload
 
@@ -16,7 +16,7 @@ LARGEST = 200
 PACE_SECONDS = 0.005
 
 
-class Registrar(threading.Thread):
+class Registrar(Background):
     """Registers names of its own and lets some go, for ever anew, and keeps what was answered `ok`."""
 
     def __init__(self, number: int) -> None:
@@ -28,16 +28,15 @@ class Registrar(threading.Thread):
         """Names whose last request was never answered: either outcome is right."""
         self.answers = 0
         self.generations: list[int] = []
-        self.ended = threading.Event()
 
     def run(self) -> None:
         """Talk, and connect again whenever the gateway has gone."""
-        while not self.ended.is_set():
+        while not self.stopping.is_set():
             try:
                 with socket.create_connection(("127.0.0.1", 5000), timeout=60) as connection:
                     lines = connection.makefile("rb")
                     with lines:
-                        while not self.ended.is_set():
+                        while not self.stopping.is_set():
                             self._talk(connection, lines)
             except (OSError, EOFError):
                 time.sleep(0.01)
@@ -65,19 +64,18 @@ class Registrar(threading.Thread):
             self.generations.append(self.granted[name])
 
 
-class Exporter(threading.Thread):
+class Exporter(Background):
     """Sends numbered datagrams at a steady pace."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sent = 0
-        self.ended = threading.Event()
 
     def run(self) -> None:
         """Send."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.connect(("127.0.0.1", 6667))
-            while not self.ended.wait(PACE_SECONDS):
+            while not self.stopping.wait(PACE_SECONDS):
                 sender.send(payload(1, self.sent, LARGEST))
                 self.sent += 1
 
@@ -103,8 +101,7 @@ def test_killed_under_load(stack: Stack, kills: int) -> None:
             time.sleep(draw.uniform(0.02, 0.3))
             stack["gateway"].stop(signal.SIGKILL)
             for each in registrars:
-                each.ended.set()
-                each.join()
+                each.stop()
             stack.start("gateway")
             listed = ask_json({"op": "list"})
             found = {name: client["generation"] for name, client in listed["clients"].items()}
@@ -117,11 +114,9 @@ def test_killed_under_load(stack: Stack, kills: int) -> None:
                 for name in mine - each.undecided:
                     assert found[name] == each.granted[name]
     finally:
-        exporter.ended.set()
-        exporter.join()
+        exporter.stop()
         for each in registrars:
-            each.ended.set()
-            each.join()
+            each.stop()
     generations = [generation for each in registrars for generation in each.generations]
     assert len(set(generations)) == len(generations) > 0
     wait_until(lambda: collector.received == exporter.sent, f"all {exporter.sent}, {collector.received} came")
