@@ -179,6 +179,11 @@ class Netlink:
         answers = self._ask(question, RTM_GETNEIGH, _neighbour)
         return answers[0] if answers else Neighbour(link_index, address, 0, b"")
 
+    def is_local(self, address: str) -> bool:
+        """Return whether a packet to an address comes to this host: the address is its own, or is broadcast."""
+        route = self.route(address)
+        return route is not None and route.kind in (RTN_LOCAL, RTN_BROADCAST)
+
     def addresses(self) -> list[str]:
         """Return every address of this host."""
         found = self._ask(ifaddrmsg(), RTM_GETADDR, _own_address, NLM_F_DUMP)

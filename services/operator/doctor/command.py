@@ -32,7 +32,7 @@ from shared.monitoring.finding import Finding, error, ok, unseen, warning
 from shared.monitoring.probe import Ledger, probe
 from shared.net.addresses import begin_lookups
 from shared.net.host_lookups import Host
-from shared.net.netlink import RTN_BROADCAST, RTN_LOCAL, Netlink
+from shared.net.netlink import Netlink
 from shared.process.lifecycle import FAILED, OK, OperatorError
 from shared.process.registry_client import Access, Entry, RegistryClient
 from shared.settings.entries import Collector, Stream
@@ -129,11 +129,7 @@ def _nodes(settings: Settings) -> KnownNodes | str:
 def _examine_network(
     netlink: Netlink, settings: Settings, accounts: Mapping[str, Accounts], collectors: Sequence[Entry]
 ) -> Iterator[Finding]:
-    def is_local(address: str) -> bool:
-        route = netlink.route(address)
-        return route is not None and route.kind in (RTN_LOCAL, RTN_BROADCAST)
-
-    yield from check_listening(listening_facts(settings, is_local), accounts, settings)
+    yield from check_listening(listening_facts(settings, netlink.is_local), accounts, settings)
     links = netlink.links()
     yield from check_host(host_facts(settings, links), settings)
     seen = network_facts(settings, netlink, links, [collector.address for collector in collectors])

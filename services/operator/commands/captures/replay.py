@@ -23,7 +23,7 @@ from shared.bus.bodies.journal_messages import JournalPlace
 from shared.journal.segments import LATE_NS
 from shared.net.addresses import pack_address, parse_endpoint
 from shared.net.multicast import is_multicast
-from shared.net.netlink import RTN_BROADCAST, RTN_LOCAL, Netlink
+from shared.net.netlink import Netlink
 from shared.process.lifecycle import FAILED, OK, USAGE, Lifecycle, OperatorError
 from shared.settings.explain import did_you_mean
 from shared.settings.model import Settings
@@ -121,12 +121,7 @@ def _refuse_loop(address: str, port: int, settings: Settings) -> None:
     """Raise OperatorError where the datagrams would come back as new ones of a stream."""
     streams = {*settings.streams, *streams_of(settings).values()}
     with closing(Netlink()) as netlink:
-
-        def is_local(at: str) -> bool:
-            route = netlink.route(at)
-            return route is not None and route.kind in (RTN_LOCAL, RTN_BROADCAST)
-
-        if OwnListeners(listening_addresses(streams)).receive(address, port, is_local):
+        if OwnListeners(listening_addresses(streams)).receive(address, port, netlink.is_local):
             raise OperatorError(
                 USAGE, f"{address} port {port} is one of fanwire's own listeners: the past would be taken for new; "
                 "replay to a collector",
