@@ -146,6 +146,11 @@ class Client(CopyTerms, frozen=True, omit_defaults=True):
     resume: Resume | None = None
     node: str = ""
 
+    @property
+    def socket_address(self) -> tuple[str, int]:
+        """The address and port that copies go to."""
+        return self.address, self.port
+
     def __post_init__(self) -> None:
         if self.streams:  # the senders of copies rely on it
             pack_address(self.address)

@@ -37,7 +37,7 @@ def open_socket(client: Client, send_buffer: int) -> socket.socket:
         sock.setsockopt(*RECVERR[sock.family], 1)
         sock.setsockopt(*MTU_DISCOVER[sock.family], PMTUDISC_DONT)
         mark_headers(sock, client)
-        sock.connect((client.address, client.port))
+        sock.connect(client.socket_address)
     except OSError:
         sock.close()
         raise
@@ -53,7 +53,7 @@ def mark_headers(sock: socket.socket, client: Client) -> None:
 def source_of_new_socket(client: Client) -> str:
     """Return the address that a socket opened now would send from. OSError when there is no way to the collector."""
     with socket.socket(_family(client), socket.SOCK_DGRAM) as probe:
-        probe.connect((client.address, client.port))
+        probe.connect(client.socket_address)
         return str(probe.getsockname()[0])
 
 

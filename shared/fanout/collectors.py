@@ -163,7 +163,7 @@ class Collectors(Generic[D]):
             self._settle(known)
         else:
             known = self.departed.pop(client.name)
-        if known and _place(known.destination.client) == _place(client):
+        if known and known.destination.client.socket_address == client.socket_address:
             known.destination.adopt(client)
             known.destination.held.paused = False
             if client.withheld:
@@ -180,7 +180,7 @@ class Collectors(Generic[D]):
 
     def _new(self, client: Client) -> Served[D]:
         before, account = self._known.get(client.name, (None, self._new_counts()))
-        if before and _place(before) != _place(client):
+        if before and before.socket_address != client.socket_address:
             before, account = None, self._new_counts()
         returning = before is not None and before.generation == client.generation
         return Served(self._reach(client, account), account, self._new_counts(), Checkup(account), returning)
@@ -353,7 +353,3 @@ class Collectors(Generic[D]):
             served.destination.close()
         self._served = {}
         self.departed.close_all()
-
-
-def _place(client: Client) -> tuple[str, int]:
-    return client.address, client.port

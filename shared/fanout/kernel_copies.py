@@ -164,7 +164,7 @@ class KernelRules:
             entry = rules.streams.get(batch.stream, {}).get(client.name) if rules else None
             if rules is None:
                 found[generation] = None
-            elif entry and _place(entry) == _place(client):
+            elif entry and entry.socket_address == client.socket_address:
                 found[generation] = KernelServed(entry, (batch.stream,), rules.shares.get(entry.name, b""))
         return found
 
@@ -200,7 +200,7 @@ class KernelRules:
             today = self._today.get(name)
             if today and today.generation == entry.generation and today.wants(stream):
                 same[name] = entry
-            elif entry.source == self._source or (today and _place(today) == _place(entry)):
+            elif entry.source == self._source or (today and today.socket_address == entry.socket_address):
                 changed[name] = entry
         router.replace(msgspec.structs.replace(entry, sample=1, group="") for entry in changed.values())
         return _Standing(stream, same, changed, router, rules.shares, rules.matched)
@@ -258,7 +258,7 @@ class CopiedRows:
                 planned = self._changed.get((generation, client.name))
                 if client.name in standing.same:
                     holders[wanted[client.name] & self._reached(generation, client.name)] = number
-                elif planned is not None and _place(client) == _place(standing.changed[client.name]):
+                elif planned is not None and client.socket_address == standing.changed[client.name].socket_address:
                     holders[wanted[client.name] & planned.rows] = number
         held = holders != NOBODY
         for number, client in enumerate(members) if held.any() else ():
@@ -273,7 +273,7 @@ class CopiedRows:
                 hit = rows & self._reached(generation, client.name)
                 count = int(np.count_nonzero(hit))
                 made = standing.copies(entry, count)
-            elif planned is not None and _place(client) == _place(standing.changed[client.name]):
+            elif planned is not None and client.socket_address == standing.changed[client.name].socket_address:
                 hit = rows & planned.rows
                 count = int(np.count_nonzero(hit))
                 made = planned.made * count // planned.rows_matched if count else 0
@@ -319,7 +319,3 @@ def _distinct(generations: Generations) -> list[int]:
     if (generations == first).all():
         return [first] if first else []
     return [each for each in np.unique(generations).tolist() if each]
-
-
-def _place(client: Client) -> tuple[str, int]:
-    return client.address, client.port

@@ -105,5 +105,5 @@ def proven_before(present: Entry | None, client: Client, peer: Peer) -> bool:
         and present.origin is Origin.JSON
         and peer.is_client_of(present.peer)
         and peer.address == present.peer.address
-        and (present.client.address, present.client.port) == (client.address, client.port)
+        and present.client.socket_address == client.socket_address
     )

@@ -330,7 +330,7 @@ class ClusterChanges:
             client = event.entry.client
             yield client.name
             if client.streams:
-                yield client.address, client.port
+                yield client.socket_address
             if client.group:
                 yield client.group, event.entry.peer.rights.holder
         yield from change.orders

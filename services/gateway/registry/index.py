@@ -29,7 +29,7 @@ class Index:
         self.by_holder[entry.peer.rights.holder] += 1
         if client.streams:
             self.collectors += 1
-            self._at.setdefault((client.address, client.port), {})[client.name] = entry
+            self._at.setdefault(client.socket_address, {})[client.name] = entry
         if entry.held:
             self._held.setdefault(entry.peer.id, set()).add(client.name)
 
@@ -39,10 +39,10 @@ class Index:
         self.by_holder[entry.peer.rights.holder] -= 1
         if client.streams:
             self.collectors -= 1
-            place = self._at[client.address, client.port]
+            place = self._at[client.socket_address]
             del place[client.name]
             if not place:
-                del self._at[client.address, client.port]
+                del self._at[client.socket_address]
         if entry.held:
             held = self._held[entry.peer.id]
             held.discard(client.name)
