@@ -41,9 +41,8 @@ class EventFeed:
         self._render_health = render_health
         self._watchers: dict[int, Push] = {}
         self._words: dict[str, tuple[Word, float]] = {}
-        """By collector: the last word that was told of, and its start."""
+        """By collector that has been served: the last word, as it was logged, and its start."""
         self._budget = LogBudget()
-        """The last word of each collector that has been served, for the log."""
         self._past: deque[tuple[int, bytes]] = deque()
         self._past_bytes = 0
         self._begin = self._shown = registry.revision
@@ -125,7 +124,7 @@ class EventFeed:
         return b"".join(self._lines(self._render_health, unwell))
 
     def _lines(self, render: Callable[[T], bytes], shown: Iterable[T]) -> list[bytes]:
-        """Return a line for each event or word; empty: it can't be shown, which no other one is to pay for."""
+        """Return a line for each event or word; an empty one for what can't be rendered: the others are shown."""
         lines = []
         for each in shown:
             lines.append(b"")

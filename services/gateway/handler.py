@@ -122,9 +122,7 @@ class Handler:
     def _dispatch(self, request: Request, peer: Peer, reply: Reply) -> None:
         """Get each request decided, by what it changes or only by the rights of the peer, and perform it."""
         match request:
-            case SignUp():
-                self._register(request, peer, reply)
-            case Register() | Confirm():
+            case SignUp() | Register() | Confirm():
                 self._register(request, peer, reply)
             case Renew():
                 refuse = self._refusing(request, peer, reply)

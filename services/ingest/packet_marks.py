@@ -33,7 +33,10 @@ class MarkReader:
         self._account = account
 
     def begin(self, sock: socket.socket) -> bool:
-        """Ask the kernel for marks; return whether it tells them, which it is not asked where it copies nothing."""
+        """Ask the kernel for the marks of a socket's datagrams; return whether it tells them.
+
+        Nothing is asked where the settings let the kernel make no copies.
+        """
         if not self._wanted or sock.family == socket.AF_UNIX:
             return False
         for option in BEFORE_MARKS:

@@ -11,6 +11,8 @@ MAX_POSITIONS: Final = 4096
 MAX_GAP: Final = 1 << 40
 """Datagrams: more than any worker publishes while nobody listens. A sender that claims it is followed anew."""
 
+Worker = tuple[str, int]
+"""Name and boot id of a worker."""
 Origin = tuple[str, int, str]
 """Sender, boot id, topic. A restarted sender is another origin, so its count from zero is no loss."""
 

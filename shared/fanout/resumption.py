@@ -1,9 +1,9 @@
 """Going on where the last process of this name has stopped: what came meanwhile goes before what comes now.
 
 A sender that ends asks the workers to hold their batches (`hold_topic`), and its successor asks for them
-(`again_topic`), by a name that no other reader of the bus knows. A journal has no secret: for it the latest batches
-stand, and stay when they were handed on. Until a worker has handed on all of them, its other
-messages wait. So nothing is lost, and copies are in order. What comes both ways is a repeat, which its position tells.
+(`again_topic`), by a name that no other reader of the bus knows. For a journal, whose name is no secret, workers hold
+the latest batches at any time, and keep them when they were handed on. Until a worker has handed on all of them, its
+other messages wait. So nothing is lost, and copies are in order. What comes both ways is a repeat, by its position.
 """
 
 import secrets
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
+from shared.bus.continuity import Worker
 from shared.bus.kept_counts import KeptCounts
 from shared.bus.messages import Again, Message, again_topic, datagrams_topic, hold_topic
 from shared.bus.zmq_sockets import Subscriber
@@ -25,9 +26,6 @@ PATIENCE_SECONDS: Final = 2.0
 MAX_WAITING: Final = 2048
 MAX_WAITING_BYTES: Final = 64 << 20
 """Messages that wait, and their payload: beyond that nothing is waited for any more."""
-
-Worker = tuple[str, int]
-"""Name and boot id."""
 
 log = get_logger()
 

@@ -58,11 +58,12 @@ D = TypeVar("D", bound=Destination)
 
 @dataclass(slots=True)
 class Served(Generic[D]):
-    """A collector being served.
+    """A collector being served; one that is `returning` was served by the last process too.
 
-    Its account is complete up to a moment. In `marks` are the datagrams that its streams had carried by then, BASELINE,
-    those that had reached us, UNSEEN, and those since then that its prefixes let pass, PASSED, where it has any or
-    takes only some of them. One that is `returning` was served by the last process too.
+    Its account is complete up to a moment. `marks` tell what has to be added since then:
+    - BASELINE: datagrams that its streams had carried by that moment;
+    - UNSEEN: those of them that had reached this process;
+    - PASSED: those that its prefixes have let pass since; 0 for a collector that takes every datagram.
     """
 
     destination: D

@@ -18,6 +18,7 @@ from typing import Final, Generic
 import numpy as np
 
 from shared.bus.bodies.template_messages import Renewals, TemplateDatagram, Templates, renewals_topic, templates_topic
+from shared.bus.continuity import Worker
 from shared.bus.messages import Message
 from shared.bus.zmq_sockets import Subscriber
 from shared.datagrams.batch import DatagramBatch, make_rows
@@ -49,9 +50,6 @@ NUMBER_AT: Final = {9: 12, 10: 8}
 """Place of the number in the header of NetFlow v9 and IPFIX."""
 
 NOBODY: Final = frozenset[str]()
-
-Worker = tuple[str, int]
-"""Name and boot id."""
 
 log = get_logger()
 

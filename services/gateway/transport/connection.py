@@ -219,7 +219,7 @@ class ClientConnection(asyncio.BufferedProtocol):
             self._end_for(error)
 
     def _end_for(self, error: Exception) -> None:
-        """Cut the connection for a fault of ours, which no other one is to pay for."""
+        """Cut the connection for a fault of ours; the others go on."""
         log.error("error while handling a request", peer=str(self._peer), reason=repr(error), exc_info=error)
         self.conversation.drop()
         self._transport.abort()

@@ -39,8 +39,8 @@ class OpenConnections:
         self._limit = limit
         self._open: set[ClientConnection] = set()
         self._by_origin: Counter[str] = Counter()
-        self._beginning: Counter[str] = Counter()
-        """Handshakes under way."""
+        self._handshakes: Counter[str] = Counter()
+        """Handshakes under way, by origin."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -79,22 +79,22 @@ class OpenConnections:
         for connection in [each for each in self._open if not self.handler.tokens.grant_the_same(each.holder, before)]:
             connection.drop()
 
-    def begin(self, origin: str) -> bool:
-        """Note a handshake that begins, unless there is no room for it; `end_beginning` ends it, admitted or not."""
-        before = self._by_origin[origin] + self._beginning[origin]
-        in_all = len(self._open) + self._beginning.total()
+    def begin_handshake(self, origin: str) -> bool:
+        """Note a handshake that begins, unless there is no room for it; `end_handshake` ends it, admitted or not."""
+        before = self._by_origin[origin] + self._handshakes[origin]
+        in_all = len(self._open) + self._handshakes.total()
         if before >= self.settings.max_connections_per_address + REFUSING_MAX_OF_ORIGIN:
             return False
         if in_all >= limit_of(origin, self._limit, first=not before) + REFUSING_MAX:
             return False
-        self._beginning[origin] += 1
+        self._handshakes[origin] += 1
         return True
 
-    def end_beginning(self, origin: str) -> None:
+    def end_handshake(self, origin: str) -> None:
         """Note that a handshake is over."""
-        self._beginning[origin] -= 1
-        if not self._beginning[origin]:
-            del self._beginning[origin]
+        self._handshakes[origin] -= 1
+        if not self._handshakes[origin]:
+            del self._handshakes[origin]
 
     async def sweep(self) -> None:
         """End connections that are late, a few at a time: others have their turn in between."""

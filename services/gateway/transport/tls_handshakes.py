@@ -33,7 +33,7 @@ class TlsAcceptor:
         """Accept from now on."""
 
         def begin(sock: socket.socket, origin: str) -> Work | None:
-            if self._open.begin(origin):
+            if self._open.begin_handshake(origin):
                 return self._shake_hands(sock, origin, remote=listener.remote)
             self._open.handler.counters[CONNECTIONS_REFUSED] += 1
             return None
@@ -59,4 +59,4 @@ class TlsAcceptor:
             reason = error.strerror or str(error) or type(error).__name__
             log.warning("a TLS handshake failed", origin=origin, reason=reason)
         finally:
-            self._open.end_beginning(origin)
+            self._open.end_handshake(origin)

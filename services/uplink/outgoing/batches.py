@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from shared.bus.continuity import Position
+from shared.bus.continuity import Position, Worker
 from shared.bus.kept_counts import KeptCounts, KeptFile
 from shared.bus.messages import Datagrams, Message, Status
 from shared.bus.zmq_sockets import Subscriber
 from shared.datagrams.batch import DatagramBatch
-from shared.fanout.catch_up.window import Worker
 from shared.fanout.resumption import Resumption
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams, Unserved
 from shared.ledger.accounts import Accounts

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from services.uplink.packs import UNKNOWN, Pack
+from shared.bus.continuity import Worker
 from shared.bus.kept_counts import KeptCounts
 from shared.client import Place
-from shared.fanout.catch_up.window import Worker
 
 CURSOR: Final = "cursor/"
 TOTAL, SEQUENCE, RECEIVED, BEGUN = "total", "sequence", "received_ns", "begun"

@@ -14,13 +14,13 @@ from typing import Final, NamedTuple
 
 from services.uplink.outgoing.batches import Taken
 from services.uplink.outgoing.cursors import Cursors
-from shared.bus.continuity import Position
+from shared.bus.continuity import Position, Worker
 from shared.bus.kept_counts import KeptCounts
 from shared.client import Place
 from shared.datagrams.limits import MAX_ROWS
 from shared.fanout.catch_up.journal_questions import Pursued
 from shared.fanout.catch_up.pursuit import Pursuit, PursuitState, Step
-from shared.fanout.catch_up.window import Numbered, Window, Worker
+from shared.fanout.catch_up.window import Numbered, Window
 from shared.log import get_logger
 
 JOINING_SECONDS: Final = 10.0

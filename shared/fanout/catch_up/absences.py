@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Generic
 
-from shared.bus.continuity import Position
+from shared.bus.continuity import Position, Worker
 from shared.client import Client
-from shared.fanout.catch_up.window import Worker
 from shared.fanout.collectors import Collectors
 from shared.fanout.served_collector import D, Served
 from shared.ledger.counters import (

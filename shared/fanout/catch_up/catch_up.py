@@ -14,7 +14,7 @@ from typing import Final, Generic
 import msgspec
 
 from shared.bus.bodies.template_messages import TemplateDatagram
-from shared.bus.continuity import Position
+from shared.bus.continuity import Position, Worker
 from shared.bus.kept_counts import KeptFile
 from shared.bus.messages import Datagrams, Envelope, Message, status_topic
 from shared.bus.zmq_sockets import Publisher, Subscriber
@@ -29,7 +29,6 @@ from shared.fanout.catch_up.past_sender import BURST_SECONDS, STEP_ROWS, PastSen
 from shared.fanout.catch_up.progress import LeftOff, Progress, with_beginnings, with_successors
 from shared.fanout.catch_up.pursuit import GENERATION, Pursuit, PursuitState
 from shared.fanout.catch_up.rings import Rings
-from shared.fanout.catch_up.window import Worker
 from shared.fanout.collectors import Collectors
 from shared.fanout.served_collector import D
 from shared.fanout.streams import FollowedStreams

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.bus.bodies.offload_messages import KernelServed
+from shared.bus.continuity import Worker
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import Mask
 from shared.datagrams.routing import Router, Selection
 from shared.datagrams.sampling import find_buckets, find_share, sample_rows
-from shared.fanout.catch_up.window import Numbered, Worker
+from shared.fanout.catch_up.window import Numbered
 
 OWED, COPIED, PASSED_OVER, UNPLANNED_ROW = range(4)
 """The outcome of a row: it is left to us; or rules have copied it, passed it over in a sample, or nobody knows."""

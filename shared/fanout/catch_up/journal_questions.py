@@ -10,14 +10,14 @@ from weakref import WeakValueDictionary
 
 from shared.bus.bodies.fields import REPLAY_PREFIX
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, MAX_WORKERS, JournalPortion, JournalRead, Replayed
-from shared.bus.continuity import MAX_POSITIONS, Position
+from shared.bus.continuity import MAX_POSITIONS, Position, Worker
 from shared.bus.messages import Envelope, Message, Status
 from shared.bus.zmq_sockets import Publisher
 from shared.client import Place
 from shared.fanout.catch_up.copied_meanwhile import CopiedMeanwhile
 from shared.fanout.catch_up.past_templates import PastTemplates
 from shared.fanout.catch_up.pursuit import Pursuit, PursuitState
-from shared.fanout.catch_up.window import Numbered, Window, Worker
+from shared.fanout.catch_up.window import Numbered, Window
 from shared.ledger.accounts import is_origin, parse_origin
 from shared.ledger.counters import DISK_ERROR, DISK_FULL, MISSED, REACHED
 from shared.log import get_logger

@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from shared.bus.continuity import Position
+from shared.bus.continuity import Position, Worker
 from shared.fanout.catch_up.journal_questions import Pursued
 from shared.fanout.catch_up.past_routes import PastRoutes
 from shared.fanout.catch_up.rings import Rings
-from shared.fanout.catch_up.window import Worker
 from shared.ledger.accounts import Accounts, unparse_owed
 from shared.ledger.counters import OWED, OWED_FROM
 

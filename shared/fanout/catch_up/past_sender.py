@@ -9,7 +9,7 @@ from typing import Final, Generic
 
 import numpy as np
 
-from shared.bus.continuity import Position
+from shared.bus.continuity import Position, Worker
 from shared.client import Place
 from shared.datagrams.gathered import Gathered
 from shared.datagrams.routing import Selection
@@ -19,7 +19,7 @@ from shared.fanout.catch_up.journal_questions import Pursued
 from shared.fanout.catch_up.past_templates import PastTemplates
 from shared.fanout.catch_up.pursuit import Step
 from shared.fanout.catch_up.shares_meanwhile import Sharing
-from shared.fanout.catch_up.window import Numbered, Window, Worker
+from shared.fanout.catch_up.window import Numbered, Window
 from shared.fanout.collectors import Collectors
 from shared.fanout.served_collector import D, count_received_before
 from shared.fanout.templates import TemplateDelivery

@@ -9,11 +9,10 @@ from typing import Final
 import msgspec
 
 from shared.bus.bodies.journal_messages import MAX_BEHIND, Behind, CatchUpReport, catch_up_topic
-from shared.bus.continuity import Position
+from shared.bus.continuity import Position, Worker
 from shared.bus.zmq_sockets import Publisher
 from shared.client import MAX_PLACES, Client, Place, Resume, Source
 from shared.fanout.catch_up.journal_questions import Pursued
-from shared.fanout.catch_up.window import Worker
 
 MAX_LEFT: Final = 1024
 """Collectors that have left, and that no other node serves, whose places are known; the first to leave go first."""
@@ -120,7 +119,7 @@ def with_successors(stream: str, places: Iterable[Place], living: Mapping[Worker
 def with_beginnings(stream: str, places: Iterable[Place], followed: Mapping[Worker, Position]) -> Iterator[Place]:
     """Yield places in a stream, and of each ingest worker that has none where it began to come here.
 
-    Of other sites nobody knows how much of what waits in JetStream is owed: what is kept of that.
+    None for the uplink, which brings streams of other sites: nobody knows how much of what JetStream keeps is owed.
     """
     known = set[Worker]()
     for place in places:

@@ -15,11 +15,11 @@ from typing import Final
 import numpy as np
 
 from shared.bus.bodies.journal_messages import JournalPlace, WorkerPosition
-from shared.bus.continuity import Position
+from shared.bus.continuity import Position, Worker
 from shared.client import Place
 from shared.datagrams.batch import ROW, DatagramBatch
 from shared.fanout.catch_up.stream_place import StreamPlace
-from shared.fanout.catch_up.window import Numbered, Window, Worker
+from shared.fanout.catch_up.window import Numbered, Window
 
 PATIENCE_SECONDS: Final = 5.0
 """Time for which the journal may be at its end, and have less than was published, before that counts as missing."""
@@ -61,8 +61,9 @@ class Pursuit(StreamPlace):
         super().__init__(stream, since_ns, counts)
         self.state = PursuitState.READING
         self.by_window = False
-        """True where there is no journal: the window has all that can be had. Then `_exhausted` once it has no more."""
+        """True where there is no journal: the window has all that can be had."""
         self._exhausted = False
+        """True once the window has no more, where there is no journal."""
         self.reader: JournalPlace | None = None
         """The place in the journal's files at which its last portion ended."""
         self.behind_live = False

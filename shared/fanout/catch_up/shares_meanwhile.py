@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterator, Sequence
 from operator import itemgetter
 from typing import Final, NamedTuple
 
+from shared.bus.continuity import Worker
 from shared.client import Client
 from shared.datagrams.routing import Router
-from shared.fanout.catch_up.window import Numbered, Worker
+from shared.fanout.catch_up.window import Numbered
 
 MOST_CHANGES: Final = 1024
 """Changes that are known of a worker's rows; what came between older ones is shared as at the begin."""

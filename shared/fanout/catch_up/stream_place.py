@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from shared.bus.continuity import Position
+from shared.bus.continuity import Position, Worker
 from shared.client import Place
-from shared.fanout.catch_up.window import Numbered, Worker
+from shared.fanout.catch_up.window import Numbered
 
 SEQUENCE, RECEIVED, COUNTED = "/sequence", "/received", "/counted"
 """Endings of the counters that are kept of a worker, beside its total. That one, and the last, are one more than they

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Final, NamedTuple
 
+from shared.bus.continuity import Worker
 from shared.datagrams.batch import DatagramBatch
 
 SECONDS: Final = 2.0
@@ -20,9 +21,6 @@ MOST_BYTES: Final = 96 << 20
 """Bytes kept of a stream at most; the oldest batches go first, whether or not the journal has them."""
 OVERHEAD: Final = 1024
 """Bytes that a batch takes beyond its columns and payloads, about."""
-
-Worker = tuple[str, int]
-"""Name and boot id of a worker."""
 
 
 class Numbered(NamedTuple):

@@ -19,10 +19,10 @@ from services.uplink.nodes.cluster import Cluster
 from services.uplink.nodes.membership import BEAT_SECONDS
 from services.uplink.nodes.node import LOOK_SECONDS, Node
 from shared.bus.bodies.nodes_message import MOST_PENDING, Nodes
+from shared.bus.continuity import Worker
 from shared.bus.messages import Envelope, Status
 from shared.client import Resume
 from shared.fanout.catch_up.rings import RING_SECONDS
-from shared.fanout.catch_up.window import Worker
 from shared.ledger.accounts import unparse_origin
 from shared.serving_nodes import Minority, Owners
 from shared.settings.uplink import Uplink

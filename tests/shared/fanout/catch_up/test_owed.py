@@ -3,14 +3,13 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
-from shared.bus.continuity import Position
+from shared.bus.continuity import Position, Worker
 from shared.client import Place
 from shared.fanout.catch_up.journal_questions import Pursued
 from shared.fanout.catch_up.owed import Owed
 from shared.fanout.catch_up.past_routes import PastRoutes
 from shared.fanout.catch_up.pursuit import Pursuit
 from shared.fanout.catch_up.rings import Rings
-from shared.fanout.catch_up.window import Worker
 
 WORKER = "ingest.1", 1
 

@@ -8,10 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shared.bus.bodies.journal_messages import JournalPlace, WorkerPosition
-from shared.bus.continuity import Continuity, Position
+from shared.bus.continuity import Continuity, Position, Worker
 from shared.client import Place
 from shared.fanout.catch_up.pursuit import PATIENCE_SECONDS, STRAY_SECONDS, Pursuit, PursuitState
-from shared.fanout.catch_up.window import SECONDS, Numbered, Window, Worker
+from shared.fanout.catch_up.window import SECONDS, Numbered, Window
 from tests.builders import make_batch, make_envelope
 
 TOPIC = "datagrams/messages/"

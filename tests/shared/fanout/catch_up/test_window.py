@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
-from shared.fanout.catch_up.window import SECONDS, Numbered, Window, Worker
+from shared.bus.continuity import Worker
+from shared.fanout.catch_up.window import SECONDS, Numbered, Window
 from tests.builders import make_batch
 
 WORKER = "ingest.1", 1
