@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from services.gateway.documented_client import sign_up
-from services.gateway.server import check_gateway, run_gateway
+from services.gateway.start import check_gateway, run_gateway
 from shared.process.lifecycle import BAD_SETTINGS, OK, Lifecycle, OperatorError, run, service_parser
 from shared.settings.explain import SettingsError
 from shared.settings.file import load

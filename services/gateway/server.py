@@ -1,4 +1,4 @@
-"""The gateway's loop: listeners, connections and the bus in one thread."""
+"""The gateway's loop: listeners, connections and the bus in one thread; `start` makes its parts."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ from services.gateway.admission.readmission import Readmission, expel_loops
 from services.gateway.admission.tokens import Tokens
 from services.gateway.bus.announcer import Announcer
 from services.gateway.bus.raw_frames import Transmissions
-from services.gateway.configured_collectors import Configured, check_configured
+from services.gateway.configured_collectors import Configured
 from services.gateway.counters import (
     ACCOUNT,
     BUS_REJECTED,
@@ -30,24 +30,20 @@ from services.gateway.counters import (
 )
 from services.gateway.event_feed import EventFeed
 from services.gateway.fault_guard import surviving
-from services.gateway.from_settings import check_cluster, destinations_of, opened_store, tls_context, tokens_of
+from services.gateway.from_settings import destinations_of, tls_context, tokens_of
 from services.gateway.handler import Handler
-from services.gateway.registry.changes import ignore, never_keep
-from services.gateway.registry.reached_places import PastByName, Pasts
+from services.gateway.registry.changes import ignore
 from services.gateway.registry.registry import Registry
 from services.gateway.registry.store import Store
 from services.gateway.render import event_line, health_line
 from services.gateway.transport.connection import ClientConnection
-from services.gateway.transport.listeners import BACKLOG, Listener, listening, send_datagram
+from services.gateway.transport.listeners import BACKLOG, Listener, send_datagram
 from services.gateway.transport.open_connections import AT_ONCE, OpenConnections
 from services.gateway.transport.tls_handshakes import TlsAcceptor
-from shared.bus.endpoint import open_link, queue_limit
-from shared.bus.zmq_sockets import Publisher, Requests, Subscriber, broker_is_up, new_context
+from shared.bus.zmq_sockets import Publisher, Requests, Subscriber
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import FILES_RESTORED, REVISION
 from shared.log import get_logger
-from shared.net.sockets import try_endpoint
-from shared.process.event_loop import run_loop
 from shared.process.lifecycle import (
     FAILED,
     Lifecycle,
@@ -56,12 +52,10 @@ from shared.process.lifecycle import (
     descriptor_limit,
     next_tick,
     pause_for,
-    worker_name,
 )
 from shared.process.memory import Memory
 from shared.process.reload import Reload
 from shared.process.tokens_file import read_tokens
-from shared.serving_nodes import Owners
 from shared.settings.model import Settings
 from shared.settings.own_listeners import FollowedListeners
 
@@ -85,94 +79,10 @@ SPARE_DESCRIPTORS: Final = 64
 log = get_logger()
 
 
-def run_gateway(settings: Settings, lifecycle: Lifecycle) -> None:
-    """Run the gateway until told to drain."""
-    print("Starting server...", flush=True)  # as the documented server does
-    bus = settings.bus
-    declared = read_tokens(settings)
-    tls = tls_context(settings, declared)
-    link, name = open_link(bus, "gateway"), worker_name("gateway")
-    memory = Memory(settings.gateway.memory, "[gateway] memory")
-    mark = queue_limit(bus.high_water_mark, memory.ceiling)
-    with (
-        listening(settings.gateway.endpoints) as listeners,
-        opened_store(settings, _boot_time) as store,
-        new_context() as context,
-        contextlib.closing(Publisher(context, bus.path, name, mark, link)) as publisher,
-        contextlib.closing(Subscriber(context, bus.path, mark, link)) as subscriber,
-    ):
-        tokens = tokens_of(settings, declared, listeners)
-        first_generation = max(store.generation + 1, time.time_ns() // 1000)
-        preserve_seconds = settings.gateway.preserve_seconds
-        member: Member | None = None
-
-        def keep_pasts(changed: PastByName) -> None:
-            (store if member is None else member).keep_pasts(changed)
-
-        limits = settings.gateway.max_clients, settings.gateway.max_clients_per_holder
-        pasts = Pasts(time.time, _boot_time, keep_pasts, *limits)
-        pasts.journaled = frozenset(settings.journaled)
-        pasts.restore(store.pasts)
-        shared = bool(settings.uplink.registry)
-        keep = never_keep if shared else store.keep
-        registry = Registry(_boot_time, first_generation, keep, preserve_seconds, store.group_secret, pasts)
-        registry.groups.owners = Owners.of(settings.uplink)
-        if shared:
-            member = _join(settings, registry, store, publisher.boot)
-        registry.restore(store.entries, store.revision, store.withheld)
-        own_listeners = FollowedListeners(settings.streams)
-        destinations = destinations_of(settings, own_listeners)
-        configured = Configured(settings, destinations, registry)
-        registry.changes.make(partial(expel_loops, destinations, registry, configured.expelled), ignore)
-        readmission = Readmission(registry)
-        readmission.begin(tokens, destinations)
-        server = _Server(
-            settings,
-            lifecycle,
-            store,
-            registry,
-            configured,
-            own_listeners,
-            destinations,
-            tokens,
-            readmission,
-            store.epoch,
-            publisher,
-            subscriber,
-            memory,
-            member,
-        )
-        run_loop(server.run(listeners, tls))
-
-
-def check_gateway(settings: Settings) -> None:
-    """Raise what a gateway with these settings would raise here, and bind nothing for long; leave the registry alone.
-
-    Where a broker runs, ports are not tried: its gateway has them.
-    """
-    declared, link = read_tokens(settings), open_link(settings.bus, "gateway")
-    tls_context(settings, declared)
-    check_cluster(settings)
-    bind = partial(try_endpoint, made=settings.bus.path, port_too=not broker_is_up(settings.bus.path, link))
-    with listening(settings.gateway.endpoints, bind) as listeners:
-        tokens_of(settings, declared, listeners)
-    check_configured(settings, destinations_of(settings, FollowedListeners(settings.streams)))
-
-
-def _join(settings: Settings, registry: Registry, store: Store, boot: int) -> "Member":
-    """Return this node's part in the registry that the settings share."""
-    check_cluster(settings)
-    from services.gateway.cluster.member import Member
-
-    return Member(settings, registry, store, boot)
-
-
-def _boot_time() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
 @dataclass
-class _Server:
+class Server:
+    """The loop; `clock` is that of leases, which counts time asleep too."""
+
     settings: Settings
     lifecycle: Lifecycle
     store: Store
@@ -186,6 +96,7 @@ class _Server:
     publisher: Publisher
     subscriber: Subscriber
     memory: Memory
+    clock: Callable[[], float]
     member: "Member | None" = None
     _loops_at: float = 0.0
     _tick_at: float = 0.0
@@ -235,7 +146,7 @@ class _Server:
             loop.call_later,
             self.memory,
         )
-        proofs = AddressProofs(send_datagram, _boot_time)
+        proofs = AddressProofs(send_datagram, self.clock)
         self._admission = Admission(
             settings, registry, self.destinations, proofs, announcer.sends_copies, transmissions.sends_frames
         )
@@ -246,7 +157,7 @@ class _Server:
             announcer,
             feed,
             transmissions.send_frames,
-            _boot_time,
+            self.clock,
             self.tokens,
             self.epoch,
             time.time,

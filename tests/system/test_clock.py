@@ -90,7 +90,7 @@ def test_leases_and_copies_do_not_go_by_the_time_of_day(jumping: JumpingStack) -
 
 def test_leases_run_while_the_host_sleeps() -> None:
     """The clock of leases counts time asleep (CLOCK_BOOTTIME): shown where that is far ahead of the other."""
-    script = "import time; from services.gateway.server import _boot_time; print(_boot_time() - time.monotonic())"
+    script = "import time; from services.gateway.start import _boot_time; print(_boot_time() - time.monotonic())"
     apart = ["unshare", "--user", "--map-root-user", "--time", "--fork", "--boottime", "1000000"]
     done = subprocess.run(
         [*apart, sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, check=False

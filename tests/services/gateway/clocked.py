@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Final
 from unittest import mock
 
-from services.gateway import server
+from services.gateway import server, start
 from services.gateway.__main__ import main
 from services.gateway.registry.registry import Registry
 from tests.stack import wait_until
@@ -68,6 +68,7 @@ def run(path: Path) -> int:
         time=lambda: START,
     )
     with (
+        mock.patch.object(start, "time", times),
         mock.patch.multiple(server, time=times, TICK_SECONDS=0.005),
         mock.patch.object(Registry, "expire", lambda registry: clock.heed(lambda: expire(registry))),
     ):

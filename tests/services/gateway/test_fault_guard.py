@@ -3,12 +3,12 @@
 from structlog.testing import capture_logs
 
 from services.gateway.registry.registry import Registry
-from services.gateway.server import _Server
+from services.gateway.server import Server
 
 
 def test_a_fault_in_what_is_due_costs_one_turn() -> None:
     """An error that nobody expected in a change that the tick makes is logged, and the next turn makes the change."""
-    server, made = object.__new__(_Server), list[str]()
+    server, made = object.__new__(Server), list[str]()
     server.registry, server._making = Registry(lambda: 0.0, 1), set()
 
     def fail() -> None:
