@@ -34,7 +34,7 @@ VIEW_SECONDS: Final = 5.0
 LEFT_SECONDS: Final = 60.0
 """Time for which it counts where this node has left off, once others serve: one that comes back joins within it."""
 LATE_NS: Final = 10_000_000_000
-"""Time by which a node may have had datagrams late, as far as it tells no place of the worker that they are of."""
+"""Time by which a node may have had datagrams late: of a worker of which it tells no place."""
 
 
 def owner_of(key: str, nodes: Iterable[str]) -> str:
@@ -216,7 +216,7 @@ class Owners:
         return Resume(since_ns, places=wanted, twice_until_ns=until_ns)
 
     def _predecessors(self, client: Client, known: str, others: Sequence[str]) -> list[Node]:
-        """Return the nodes that may have served a collector: the one that is `known`, and those of which others tell.
+        """Return the nodes that may have served a collector: the `known` one, and those that other nodes name.
 
         While links heal one after the other, a node does not hear each node that serves.
         """
@@ -237,7 +237,7 @@ def _serves(node: Node) -> bool:
 
 
 def _least(told: Sequence[Sequence[Place]]) -> list[Place]:
-    """Return the earliest of the places that some nodes have told, of workers of which each has had something."""
+    """Return the earliest place of each worker that all of these nodes have told a place of."""
     tables = [{(each.stream, each.worker, each.boot): each for each in places} for places in told]
     common = [key for key in tables[0] if all(key in table for table in tables)]
     return [min((table[key] for table in tables), key=lambda place: place.total) for key in common]

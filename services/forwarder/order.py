@@ -1,4 +1,4 @@
-"""An order of rows in which more of them can leave together, without changing that of any exporter. No I/O."""
+"""An order of rows in which more of them can leave together; each exporter's stay in their order. No I/O."""
 
 from typing import Final
 

@@ -18,8 +18,8 @@ SO_RCVMARK: Final = 75
 SO_TIMESTAMP: Final = (29, 35, 37, 63, 64, 65)
 SO_RXQ_OVFL: Final = 40
 BEFORE_MARKS: Final = (*SO_TIMESTAMP, SO_RXQ_OVFL)
-"""Options whose control messages come before that of the mark, and would take its place: who passed an inherited socket
-may have set them."""
+"""Options whose control messages come before the mark's, and would take its place. The program that passed an inherited
+socket may have set them."""
 
 log = get_logger()
 

@@ -1,7 +1,7 @@
 """Frames of a few rows, made one by one: below some number of rows arrays cost more than they save. No I/O.
 
-IPv4 by AF_PACKET alone, and nothing that would have to be cut: that is what `FramePlan` is for, whose frames these are
-like, byte for byte.
+It makes IPv4 by AF_PACKET alone, and nothing that would have to be cut. `FramePlan` makes all other frames, and would
+make these with the same bytes.
 """
 
 import struct

@@ -75,8 +75,8 @@ def make_option(code: int, value: bytes = b"") -> bytes:
 
 AT_IP: Final = 9
 LINE4, LINE6 = AT_IP + 7, AT_IP + 12
-"""Numbers of four bytes between two payloads: the end of one block, that is padding and its length again; and the
-beginning of the next, that is seven numbers, the header of IP, and the two numbers of that of UDP."""
+"""Words of four bytes between two payloads. One block ends with padding and its length once more. The next one begins
+with seven words, the IP header, and the two words of the UDP header."""
 HEADERS4, HEADERS6 = 20 + UDP_SIZE, 40 + UDP_SIZE
 """Bytes of the headers in a packet."""
 Lengths = npt.NDArray[np.integer]

@@ -20,7 +20,7 @@ from shared.log import get_logger
 PATIENCE_SECONDS: Final = 2.0
 """Time to be told of a generation: offload answers a subscription at once, unless it is just being restarted."""
 REGISTRY_SECONDS: Final = 5.0
-"""A generation whose registry has not come by then is of a gateway that is gone: offload makes another one."""
+"""Time for the registry of a generation to come; after it, its gateway is gone, and offload makes another one."""
 
 log = get_logger()
 

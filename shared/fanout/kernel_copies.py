@@ -75,7 +75,7 @@ class _Standing:
 
 
 class _Planned(NamedTuple):
-    """The rows that an entry of the rules has matched, their number, and that of the copies made of them."""
+    """The rows that an entry of the rules has matched, their number, and the number of copies made of them."""
 
     rows: Mask
     rows_matched: int

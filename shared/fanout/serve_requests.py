@@ -11,7 +11,7 @@ from shared.fanout.registry_replica import RegistryReplica
 MAX_WAITING: Final = 1024
 """Requests kept until copies flow; the gateway gives up on one long before there are this many."""
 REQUEST_SECONDS: Final = 5.0
-"""A request whose revision has not come by then is from a gateway that is gone."""
+"""Time for the revision of a request to come; after it, the gateway that asked is gone."""
 
 
 class ServeRequests:

@@ -125,7 +125,7 @@ class FollowedStreams:
     def tables(self) -> dict[str, KeptCounts]:
         """Return what is to be kept for the next process.
 
-        A batch is noted there by one store, that of what its origin has reached: what was published follows from it.
+        A batch is noted by one counter, what its origin has reached; how much was published follows from that.
         """
         known = self._continuity.positions.keys() | self._left.keys()
         self._counts = {origin: counts for origin, counts in self._counts.items() if origin in known}
@@ -293,9 +293,9 @@ class FollowedStreams:
         return self._since[self._topics[origin[2]]] + 1 if followed else worker.started_ns
 
     def _note_ends(self, sender: str, status: Status) -> Counter[str]:
-        """Note with what the starts of a worker before this one have ended; return the datagrams missed, by stream.
+        """Note the last counts of earlier starts of a worker; return the datagrams missed, by stream.
 
-        Nobody tells of what a killed one had published and not got to us but its successor.
+        A killed worker may have published datagrams that have not come here. Its successor alone tells how many.
         """
         missed: Counter[str] = Counter()
         for name, account in status.accounts.items():

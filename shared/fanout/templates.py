@@ -296,7 +296,7 @@ class TemplateDelivery(Generic[D]):
 
 
 class _Burst:
-    """Datagrams that leave together, with the numbers of their exporter, and with those for who gets only such ones."""
+    """Datagrams that leave together, with their exporter's numbers, or with those for collectors of templates alone."""
 
     def __init__(self, stream: str, datagrams: Sequence[TemplateDatagram]) -> None:
         self._stream, self._datagrams = stream, datagrams

@@ -25,7 +25,7 @@ CHECKED: Final = 32 * 1024 * 1024
 should it be damaged, readers find out."""
 
 MOST_LOOKED_AT: Final = 4
-"""Segments in which workers are looked for, while none of them tells what workers had reached before it."""
+"""Segments that are read for the workers in them, the newest first, until one tells what all had reached before it."""
 
 
 @dataclass(slots=True)

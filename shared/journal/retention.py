@@ -51,7 +51,7 @@ class KnownAge:
         self._ahead, self._since = unix_time - now, now + self._seconds
 
     def at(self, now: float, unix_time: float) -> bool:
-        """Return it, at a time of the clock that is not set, and of the one that may be."""
+        """Return whether it is known now; `now` is of a clock that is never set, `unix_time` of one that may be."""
         before, self._ahead = self._ahead, unix_time - now
         if self._ahead > before + SET_SECONDS:
             self._since = now + self._seconds

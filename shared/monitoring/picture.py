@@ -19,8 +19,8 @@ from shared.monitoring.journal import KeptStream, Owed
 Level = Literal["ok", "warning", "error", "unknown"]
 Word = Literal["ok", "waiting", "unreachable", "refusing", "slow", "withheld", "elsewhere", "unknown"]
 NO_TROUBLE: Final = frozenset({"ok", "withheld", "elsewhere", "unknown"})
-"""Words of collectors for whom there is nothing to do here: what is withheld is so on purpose, and what is elsewhere
-another node serves."""
+"""Words of collectors for which there is nothing to do here: an admin withholds copies on purpose, and a collector that
+is elsewhere is served by another node."""
 RECENT_SECONDS: Final = 300.0
 """Time that `recent` counts cover."""
 

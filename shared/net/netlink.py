@@ -237,7 +237,7 @@ class Netlink:
             yield from found
 
     def _discard_events(self) -> None:
-        """Discard what is still queued: it is older than what was lost, and would undo answers asked for anew."""
+        """Discard queued events: they are older than those that were lost, and than the answers to new questions."""
         while True:
             try:
                 self._events.recv(1)

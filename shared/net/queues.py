@@ -74,8 +74,8 @@ class Drops(NamedTuple):
 class Queues:
     """The queues of this host's links. Its socket is opened at once.
 
-    Which take runs is asked anew where `version`, that of the routes, is a new one. Where netlink is not allowed, every
-    queue is thought to take runs.
+    Each new `version` of the routes has it ask anew which of them take runs. Where netlink is not allowed, every queue
+    is thought to take runs.
     """
 
     def __init__(self) -> None:

@@ -180,7 +180,7 @@ def _bind(sock: socket.socket, address: SocketAddress | str, prepare: Prepare) -
 
 
 def _bind_path(path: str, kind: socket.SocketKind, prepare: Prepare, mode: int) -> socket.socket:
-    """Bind an AF_UNIX path. Remove the file of a process that is gone, never that of a live one."""
+    """Bind an AF_UNIX path. A file that a process has left there is removed; one of a live process is not."""
     if _is_left_over(path, kind):
         Path(path).unlink()
     before = os.umask(0o777 & ~mode)

@@ -54,7 +54,7 @@ def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def load_listeners(path: Path | None) -> Settings:
-    """Return settings in which the gateway's listeners alone are those of a file that is wrong elsewhere, if it is."""
+    """Return default settings with the gateway's listeners of a file, which may be wrong in all else."""
     path = settings_file(path, os.environ)
     with suppress(SettingsError, LookupError, TypeError, msgspec.ValidationError):
         if path is not None:

@@ -134,7 +134,7 @@ class Gateway(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_connections_per_address: Count = 2048
     """Likewise from one address, /64 prefix of IPv6, or by AF_UNIX; many may share one behind NAT or on this host."""
     requests_per_second: Count = 2000
-    """Requests from one such address; faster ones, beyond 10 s worth of them, are read and answered at this rate."""
+    """Requests from one such address. A burst of 10 s worth is taken; further ones are answered at this rate."""
     request_seconds: Seconds = 5.0
     """From a request's first byte to its last, and for a client to take its answer."""
     idle_seconds: Seconds = 120.0

@@ -12,7 +12,10 @@ LEFT: Final = "left"
 
 
 class PastGrant(NamedTuple):
-    """The past that a collector gets, whether it gets later what it misses from now on, and a word on what it lacks."""
+    """The past that a collector gets; `note` says what it does not get.
+
+    With `catch_up` it gets later what it misses from now on.
+    """
 
     resume: Resume | None = None
     catch_up: bool = False

@@ -95,9 +95,9 @@ class Replica:
         self.identity_due: int | None = None
         """The position of what stands in place of the list's identity, 0: nothing; None: the identity is there."""
         self.overwritten: Callable[[], None] = lambda: None
-        """Is told that `restore` is due, as something else has come in place of what this node knows."""
+        """Called when another value has come in place of one that this node knows: `restore` is due."""
         self.lost: Callable[[Entry, Entry | None], None] = lambda _entry, _successor: None
-        """Is told of an entry made by a connection here that another node has replaced, or has let expire."""
+        """Called with an entry of a connection here that another node has replaced, or has let expire."""
         self._cache = cache
         self._clock = clock
         self._changed = changed
@@ -174,9 +174,9 @@ class Replica:
         self._changed()
 
     def _set_aside(self, key: str, position: int) -> None:
-        """Keep what is known under a key that has something else now, and have it written there again.
+        """Keep what is known under a key whose value is another one now, and have it written there again.
 
-        What came before this node began to read is left to nodes that know it: here it may be old.
+        Values from before this node began to read may be old here: nodes that know them write them.
         """
         if key.startswith(keys.SESSION):
             self.sessions.move(key.removeprefix(keys.SESSION), position)

@@ -38,8 +38,8 @@ class Entry:
     peer has shown that copies arrive at its address. `condition` is that of its last refresh. `host` is the name
     that the settings have in place of the address.
 
-    Where several nodes share the registry, `home` is the node that measures the lease. `node` is the one where the
-    client signed up, and `boot` that of its gateway, which has the connection of an entry that is held.
+    Where several nodes share the registry, `home` is the node that measures the lease. The client has signed up at
+    `node`, with the gateway whose boot id is `boot`. The connection of an entry that is held is with that gateway.
     """
 
     client: Client

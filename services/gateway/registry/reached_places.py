@@ -26,7 +26,7 @@ TOLD_SECONDS: Final = 10.0
 class Past(msgspec.Struct, frozen=True, omit_defaults=True):
     """The place that a name has reached under a generation, in these streams.
 
-    It has had what was received before `since_ns`, and of the workers in `places` what is before these.
+    Of a worker in `places` it has had all before its place; of any other all that was received before `since_ns`.
     """
 
     holder: str

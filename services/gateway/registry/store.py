@@ -104,10 +104,9 @@ T = TypeVar("T")
 class Store:
     """The database file, locked by this process while it is open; without a path it lasts as long as the process.
 
-    `entries`, `revision` and `generation`, the last one given, are what an earlier start kept, and `group_secret` the
-    secret that the first one drew. `withheld` are the orders to withhold copies, by name, and
-    `pasts` the places that collectors have reached. `epoch` stands for the list
-    that the revisions are of.
+    An earlier start has kept `entries`, `revision`, and `generation`, which is the last one given. `withheld` are the
+    orders to withhold copies, by name, and `pasts` the places that collectors have reached. The first start drew
+    `group_secret`, and `epoch`, which stands for the list that the revisions count.
     """
 
     def __init__(self, path: Path | None, clock: Callable[[], float]) -> None:
@@ -254,7 +253,7 @@ class Store:
         self._failed = False
 
     def keep_identity(self, epoch: str, group_secret: bytes) -> None:
-        """Keep the identity of a list that is another's, of which this file has what was known last."""
+        """Keep the identity of a list that a cluster keeps: this file has what was known of it last."""
         if (epoch, group_secret) != (self.epoch, self.group_secret):
             self.epoch, self.group_secret = epoch, group_secret
             with contextlib.suppress(sqlite3.Error):
@@ -288,7 +287,7 @@ class Store:
             log.warning("another program has removed the registry's file: it was made anew", file=str(self._path))
 
     def _write_anew(self, path: Path) -> None:
-        """Write the file anew from the one that was removed, which is there as long as it is open; close that one."""
+        """Write the file anew. The removed one is still there, as it is open: copy it, then close it."""
         aside = path.with_name(f"{path.name}.anew")
         aside.unlink(missing_ok=True)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

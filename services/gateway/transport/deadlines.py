@@ -14,8 +14,8 @@ SILENT_SECONDS: Final = 0.2
 class Deadlines:
     """The time that a client has for its present step; `passes_at` is the end of it.
 
-    Until the client is `introduced`, by its address, certificate or token, it has `request_seconds` in all, whatever it
-    does meanwhile and whoever waits for whom.
+    Until the client is `introduced`, by address, certificate or token, it has `request_seconds` in all. The time for
+    which the gateway lets it wait is part of them.
     """
 
     __slots__ = ("_clock", "_closed_by", "_introduced_by", "_settings", "introduced", "passes_at")

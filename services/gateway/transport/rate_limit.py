@@ -11,8 +11,8 @@ class RateLimit:
     """Lets `per_second` requests of each origin pass; remembers an origin only while it is faster.
 
     The generic cell rate algorithm: for each origin it keeps the time at which its requests would be done at that rate.
-    At most `most_waiting` of an origin wait at a time, one for each connection: what is owed beyond these was asked by
-    connections that have gone, and nobody else has to wait for that.
+    At most `most_waiting` of an origin wait at a time, one for each connection. More than these would be requests of
+    connections that have gone, and later ones do not wait for them.
     """
 
     def __init__(self, per_second: float, most_waiting: int, clock: Callable[[], float]) -> None:

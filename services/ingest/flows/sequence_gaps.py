@@ -87,7 +87,7 @@ class SequenceTracker:
         self._as_one: set[tuple[int, int]] = set()
         """Pairs of slots of which one was found to fill gaps of the other, meanwhile."""
         self._had: dict[int, list[tuple[int, int]]] = {}
-        """By slot: the stretches that it has had, in its own count, as far as they were asked for meanwhile."""
+        """By slot: the stretches of numbers that have come, from the first question until the missing are counted."""
         self.steps = 0
         """Steps that were taken to compare gaps since the last `settle`."""
         self._next = np.zeros(capacity, np.int64)

@@ -192,7 +192,7 @@ class Domain:
             self._release(key)
 
     def _release(self, key: Key) -> None:
-        """Let go of what is the latest of a key, and of its piece if it is the latest of nothing else."""
+        """Forget the latest piece of a key; let go of the piece if it is the latest of no other key."""
         number = self.latest.pop(key, None)
         if number is None:
             return

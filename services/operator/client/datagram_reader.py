@@ -15,8 +15,8 @@ PATIENCE_SECONDS: Final = 2.0
 class DatagramReader:
     """Leaves out repeated messages, counts missed datagrams, and reports both these and the absence of ingest.
 
-    `doing` what is for the report, such as `watching` and `all streams`; `slower` says which of our work may be slower
-    than the datagrams come.
+    `doing` and `what` are words of the report, such as `watching` and `all streams`; `slower` names the work here that
+    may be slower than datagrams come.
     """
 
     def __init__(self, doing: str, what: str, slower: str) -> None:

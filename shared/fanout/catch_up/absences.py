@@ -53,9 +53,9 @@ def put_off(served: Served[D], before: Counter[str]) -> None:
 
 @dataclass(slots=True)
 class _Guard:
-    """A live collector: what its account had when its copies last left, and where the last batches for it began.
+    """A live collector, as of the last copies that left for it: its account then, and the counts at which they began.
 
-    While copies wait for it, `held` has by stream where the first of them began.
+    `held` has, by stream, the counts at which the first of the copies began that wait for it.
     """
 
     account: Counter[str]

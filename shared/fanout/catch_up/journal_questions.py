@@ -24,8 +24,8 @@ from shared.log import get_logger
 
 PORTION_ROWS: Final = 1024
 PORTION_PAYLOAD: Final = 1 << 18
-"""The most asked of the journal at once; the next is asked for when half of it is left,
-by one that is away when nothing is."""
+"""The most asked of the journal at once. The next portion is asked for when half of it is left; for a collector that is
+away, when nothing is left."""
 ALL_ROWS, ALL_PAYLOAD = 256 * PORTION_ROWS, 256 * PORTION_PAYLOAD
 """The most asked for all that catch up: it waits in this process's memory, at most one and a half times as much."""
 ANSWER_SECONDS: Final = 5.0
@@ -41,7 +41,7 @@ ANSWERED_AT_ONCE: Final = 64
 ACCOUNT: Final = "journal/"
 """Beginning of the name of a stream's account."""
 LOSSES: Final = (DISK_FULL, DISK_ERROR, MISSED)
-"""Counters of what the journal lacks, though it has reached what comes behind."""
+"""Counters of datagrams that the journal lacks, and that it has passed over."""
 MAX_ACCOUNTS: Final = MAX_POSITIONS + 1
 """Accounts of a stream that are known, as many as a journal tells at once: each start of a worker has one."""
 

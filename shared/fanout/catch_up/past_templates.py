@@ -11,7 +11,7 @@ from shared.bus.bodies.template_messages import TemplateDatagram
 from shared.datagrams.batch import DatagramBatch
 
 LATE_NS: Final = 10_000_000_000
-"""The most by which a collector's place is before what it has had last."""
+"""Time by which a collector may have had datagrams from behind its place, at most."""
 
 
 class _Header(NamedTuple):

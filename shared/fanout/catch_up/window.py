@@ -107,8 +107,8 @@ class Window:
     def confirm(self, boot: Hashable, reached: Mapping[Worker, int]) -> None:
         """Note what the journal has reached of each worker; `boot` is another one once it was started anew.
 
-        One that was restarted, or could not write, may lack what lies between its last report before that and the first
-        that it took: that is at most what it reports first, or if that is what it had reached, what it reports next.
+        A journal that was restarted, or could not write, may lack datagrams: those from its last report before that up
+        to the first one that it took afterwards. The latter is at most the count of its first report that has grown.
         """
         if boot != self._journal_boot:
             self._journal_boot, self._opening = boot, {}

@@ -1,7 +1,7 @@
 """Fair shares among collectors' addresses when copies are more than can be sent. Pure: decides, and sends nothing.
 
-Without it who signs up a thousand times would starve everybody: what the service has no time for is lost on the bus,
-before anybody has looked whose copies it would have been.
+Without them a client that signs up a thousand times would starve all others: what the service has no time for is lost
+on the bus, whoever it is for.
 """
 
 import time

@@ -188,7 +188,7 @@ class ExporterSockets:
         return sock
 
     def _address_of(self, source: bytes) -> str:
-        """Return the address that an exporter gets: on loopback one that ends as its own does, if that is free."""
+        """Return the address that an exporter gets; one of loopback ends as the exporter's own does, if it is free."""
         text = unpack_address(source)
         if self.original:
             return text

@@ -166,8 +166,8 @@ def _hinting(config: Path | None) -> Iterator[None]:
 def stop(_arguments: argparse.Namespace, settings: Settings) -> int:
     """End what runs; OperatorError (69, 77) if nothing does, if it is not ours to end, or if something remains.
 
-    They end in the order of the datagrams' way; those of a `fanwire run` together, as the first of them has its turn.
-    A `fanwire run` ends last, also behind services that are not heard: then its ports are free.
+    Services end in the order of the datagrams' way. Those of a `fanwire run` end together, when it is the first one's
+    turn. The `fanwire run` itself ends last, after services that are not heard too: then its ports are free.
     """
     if settings.bus.connect:
         raise OperatorError(UNAVAILABLE, f"the bus is on another host, {settings.bus.connect}: stop it there")
