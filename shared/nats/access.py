@@ -1,8 +1,6 @@
 """Access to the NATS servers: the TLS context, and who this site is, read anew for each connection."""
 
-import contextlib
 import ssl
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,6 +8,7 @@ import nkeys
 from nats.aio.client import RawCredentials
 
 from shared.process.lifecycle import BAD_SETTINGS, OperatorError
+from shared.process.pem_files import load_authorities, load_certificate
 from shared.process.private_file import read_private
 from shared.settings.uplink import Uplink, expanded
 
@@ -54,25 +53,14 @@ def tls_context(uplink: Uplink) -> ssl.SSLContext:
     if authority:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks names, and trusts nobody else
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        with _reporting("authority", authority):
-            context.load_verify_locations(authority)
+        load_authorities(context, "[uplink] authority", authority)
     if certificate and key:
-        with _reporting("key", key):
+        try:
             read_private(key, "[uplink] key", MAX_SECRET)
-        with _reporting("certificate and key", certificate, key):
-            context.load_cert_chain(certificate, key, password=str)  # no password: OpenSSL must not ask the terminal
+        except OSError as error:
+            raise _unusable("key", key, f"{error.strerror}; expected PEM, unencrypted") from None
+        load_certificate(context, "[uplink]", certificate, key)
     return context
-
-
-@contextlib.contextmanager
-def _reporting(setting: str, *paths: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:  # errors of OpenSSL are OSErrors too, and name no file
-        reason = error.reason if isinstance(error, ssl.SSLError) and error.reason else error.strerror
-        raise OperatorError(
-            BAD_SETTINGS, f"[uplink] {setting}: {', '.join(map(str, paths))}: {reason}; expected PEM, unencrypted"
-        ) from None
 
 
 def _unusable(setting: str, path: Path, reason: str) -> OperatorError:

@@ -1,13 +1,13 @@
 """TLS: the context of the connections, and the listeners that must have it."""
 
-import contextlib
 import os
 import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from services.gateway.transport.listeners import Listener
 from shared.process.lifecycle import BAD_SETTINGS, OperatorError
+from shared.process.pem_files import load_authorities, load_certificate
 from shared.settings.entries import Token
 from shared.settings.tables import Gateway
 
@@ -35,28 +35,15 @@ def make_context(gateway: Gateway, tokens: Iterable[Token]) -> ssl.SSLContext:
     if not (gateway.certificate and gateway.key):
         raise _unusable("[gateway] certificate and key: expected a PEM file each, for tls:// listeners")
     certificate, key, authorities = map(_path, (gateway.certificate, gateway.key, gateway.client_authorities))
-    with _reporting("certificate and key", certificate, key):
-        context.load_cert_chain(certificate, key, password=str)  # no password: OpenSSL must not ask the terminal
+    load_certificate(context, "[gateway]", certificate, key)
     by_certificate = [token.certificate is not None for token in tokens]
     if gateway.client_authorities:
-        with _reporting("client_authorities", authorities):
-            context.load_verify_locations(authorities)
+        load_authorities(context, "[gateway] client_authorities", authorities)
         # A client that has a token needs no certificate; where none has a token, each needs one.
         context.verify_mode = ssl.CERT_REQUIRED if all(by_certificate) else ssl.CERT_OPTIONAL
     elif any(by_certificate):
         raise _unusable("[gateway] client_authorities: expected a PEM file, for each [[token]] that has a certificate")
     return context
-
-
-@contextlib.contextmanager
-def _reporting(what: str, *paths: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:  # errors of OpenSSL are OSErrors too, and name no file
-        reason = error.reason if isinstance(error, ssl.SSLError) and error.reason else error.strerror
-        raise _unusable(
-            f"[gateway] {what}: {', '.join(map(str, paths))}: {reason}; expected PEM, unencrypted"
-        ) from None
 
 
 def _path(text: str) -> Path:
