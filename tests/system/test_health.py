@@ -16,7 +16,7 @@ from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import BusEnds, accounts_when
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
-from tests.services.gateway.test_watching import Conversation
+from tests.services.gateway.talk import Talk, talk_to
 from tests.stack import PATIENT, Stack, ask_json, sign_up, wait_until
 
 SIEM: dict[str, Any] = {"op": "register", "name": "siem", "streams": ["messages"], "port": 9514}
@@ -55,23 +55,23 @@ def listen(port: int = 9514) -> socket.socket:
 
 
 @contextmanager
-def watching(**fields: Any) -> Iterator[tuple[Conversation, dict[str, Any]]]:
+def watching(**fields: Any) -> Iterator[tuple[Talk, dict[str, Any]]]:
     """A watcher, and the answer to its request."""
-    watcher = Conversation()
+    watcher = talk_to()
     try:
         yield watcher, watcher.ask("watch", **fields)
     finally:
         watcher.close()
 
 
-def read_health(watcher: Conversation) -> dict[str, Any]:
+def read_health(watcher: Talk) -> dict[str, Any]:
     """The next line, which is about health."""
     event = watcher.read()
     assert event["event"] == "health", event
     return event
 
 
-def assert_quiet(watcher: Conversation, seconds: float) -> None:
+def assert_quiet(watcher: Talk, seconds: float) -> None:
     """Nothing more is told."""
     watcher.connection.settimeout(seconds)
     with pytest.raises(TimeoutError):

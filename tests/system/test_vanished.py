@@ -12,8 +12,8 @@ from services.gateway.registry.expiry_pause import MIN_CLIENTS
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
 from tests.services.gateway.test_server import counters
-from tests.services.gateway.test_watching import Conversation
-from tests.services.gateway.transport.test_tls import PORT, Site, Talk, entry
+from tests.services.gateway.talk import Talk, talk_to
+from tests.services.gateway.transport.test_tls import PORT, Site, entry
 from tests.stack import Running, ask_json, wait_until
 
 TTL = 4
@@ -23,7 +23,7 @@ MANY = MIN_CLIENTS + 2
 class Field:
     """A host with clients, a link that can be cut, and the gateway at the other end of it, which somebody watches."""
 
-    def __init__(self, host: Host, relay: Host, gateway: Running, site: Site, watcher: Conversation) -> None:
+    def __init__(self, host: Host, relay: Host, gateway: Running, site: Site, watcher: Talk) -> None:
         self.host, self.relay, self.gateway, self.site, self.watcher = host, relay, gateway, site, watcher
 
     def connect(self, holder: str) -> Talk:
@@ -57,7 +57,7 @@ def field(open_stack: OpenStack) -> Iterator[Field]:
     ):
         site = Site(open_stack, hosts="IP:10.2.0.1")
         gateway = site.start(*(entry(f"field{number}", "collect", "list") for number in range(MANY)))
-        watcher = Conversation()
+        watcher = talk_to()
         assert watcher.ask("watch")["ok"]
         yield Field(host, relay, gateway, site, watcher)
         watcher.close()
@@ -94,7 +94,7 @@ def test_many_that_vanish_at_once_stay(field: Field) -> None:
     def renewals() -> list[bool]:
         for number, (talk, generation) in enumerate(collectors):
             talk.tell("renew", name=f"c{number}", generation=generation)
-        return [talk.line()["ok"] for talk, _ in collectors]
+        return [talk.read()["ok"] for talk, _ in collectors]
 
     with signed_up(field, MANY, ttl=TTL) as collectors:
         assert all(renewals())  # however long signing up took: their leases end together

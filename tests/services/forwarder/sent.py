@@ -1,9 +1,12 @@
 """Collectors as the forwarder has them, without a bus."""
 
+import socket
 import time
 from collections import Counter
 from contextlib import ExitStack
 from typing import Any
+
+import pytest
 
 from services.forwarder.service import ForwarderService
 from shared.datagrams.batch import DatagramBatch
@@ -59,3 +62,13 @@ class Sent:
         accounts = self.collectors.accounts()
         assert list(discrepancies(accounts)) == []
         return accounts
+
+
+def receive_all(sock: socket.socket, count: int) -> list[bytes]:
+    """Return the next datagrams, and no more than those."""
+    found = [sock.recv(1 << 16) for _ in range(count)]
+    sock.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        sock.recv(1 << 16)
+    sock.settimeout(60)
+    return found

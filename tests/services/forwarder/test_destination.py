@@ -28,7 +28,7 @@ from shared.net.route_changes import RouteChanges
 from shared.net.sockets import enlarge_receive_buffer
 from shared.settings.tables import Forwarder
 from tests.builders import SOURCES, make_batch, make_client
-from tests.services.forwarder.sent import Sent
+from tests.services.forwarder.sent import Sent, receive_all
 from tests.stack import wait_until
 
 IP_RECVTTL = 12
@@ -128,17 +128,7 @@ def test_collector_that_wants_another_dscp_goes_on_getting_copies(opened: ExitSt
     sent.collectors.replace([msgspec.structs.replace(client, generation=2, dscp=8)])
     assert sent.trouble() == ""
     assert sent.send(make_batch([b"after"]))["collector/c"]["sent"] == 2
-    assert received(sink, 2) == [b"before", b"after"]
-
-
-def received(sock: socket.socket, count: int) -> list[bytes]:
-    """The next datagrams, and no more than those."""
-    found = [sock.recv(1 << 16) for _ in range(count)]
-    sock.setblocking(False)
-    with pytest.raises(BlockingIOError):
-        sock.recv(1 << 16)
-    sock.settimeout(60)
-    return found
+    assert receive_all(sink, 2) == [b"before", b"after"]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -153,7 +143,7 @@ def test_every_size_arrives_as_it_was(opened: ExitStack, host: str, segmentation
     sent = Sent(opened, client, segmentation=segmentation)
     payloads = [bytes([number]) * length for number, length in enumerate(lengths)]
     account = sent.send(make_batch(payloads))["collector/a"]
-    assert received(collector, len(payloads)) == payloads
+    assert receive_all(collector, len(payloads)) == payloads
     assert account["sent"] == account["offered"] == len(payloads)
     assert account["bytes"] == sum(lengths)
 
@@ -165,9 +155,9 @@ def test_each_collector_gets_its_own_rows(opened: ExitStack) -> None:
     sent = Sent(opened, *(make_client(name, sockets[name].getsockname()[1], **fields[name]) for name in "abc"))
     payloads = [b"%d" % number for number in range(8)]
     accounts = sent.send(make_batch(payloads, ["192.0.2.1", "2001:db8::1"]))
-    assert received(sockets["a"], 8) == payloads
-    assert received(sockets["b"], 4) == payloads[::2]
-    assert received(sockets["c"], 4) == payloads[1::2]
+    assert receive_all(sockets["a"], 8) == payloads
+    assert receive_all(sockets["b"], 4) == payloads[::2]
+    assert receive_all(sockets["c"], 4) == payloads[1::2]
     assert accounts["collector/b"]["sampled_out"] == accounts["collector/c"]["filtered"] == 4
 
 
@@ -177,7 +167,7 @@ def test_closed_port_is_refused_and_accounted_for(opened: ExitStack) -> None:
     sent = Sent(opened, make_client("dead", closed_port(opened)), make_client("live", live.getsockname()[1]))
     for _ in range(20):
         accounts = sent.send(make_batch([b"one", b"three", b"seven"]))
-    assert received(live, 60) == [b"one", b"three", b"seven"] * 20
+    assert receive_all(live, 60) == [b"one", b"three", b"seven"] * 20
     dead = accounts["collector/dead"]
     assert dead["refusals"] > 0
     assert dead["sent"] + dead.get("dropped_refused", 0) == dead["offered"] == 60
@@ -203,7 +193,7 @@ def test_an_earlier_datagrams_error_costs_the_next_one_nothing(opened: ExitStack
     for number in range(20):
         kernel.errors = [error]
         account = sent.send(make_batch([b"%d" % number]))["collector/a"]
-    assert received(collector, 20) == [b"%d" % number for number in range(20)]
+    assert receive_all(collector, 20) == [b"%d" % number for number in range(20)]
     assert account["sent"] == 20
 
 
@@ -227,7 +217,7 @@ def test_collector_that_comes_back_gets_its_next_batch_whole(opened: ExitStack) 
         sent.send(make_batch([b"to nobody"]))
     collector = listen(opened, port=port)
     sent.send(make_batch([b"back"]))
-    assert received(collector, 1) == [b"back"]
+    assert receive_all(collector, 1) == [b"back"]
 
 
 def test_refusal_is_heard_of_without_another_datagram(opened: ExitStack) -> None:
@@ -274,7 +264,7 @@ def test_who_refuses_gets_a_datagram_a_second(
     now += ANSWER_SECONDS
     sent.collectors.refresh()
     account = sent.send(make_batch(payloads))["collector/a"]
-    assert received(collector, 10) == [payloads[0], *payloads]
+    assert receive_all(collector, 10) == [payloads[0], *payloads]
     assert "dropped_refused" not in account
 
 
@@ -290,11 +280,11 @@ def test_refused_segmentation_sends_the_rest_one_by_one(
     kernel.segmented_errors = [0, error]
     account = sent.send(make_batch(payloads))["collector/a"]
     expected = payloads[::sample]
-    assert received(collector, len(expected)) == expected
+    assert receive_all(collector, len(expected)) == expected
     assert account["sent"] == len(expected)
     assert kernel.segmented_errors == []
     account = sent.send(make_batch([b"same"] * 4))["collector/a"]
-    assert received(collector, 4 // sample) == [b"same"] * (4 // sample)
+    assert receive_all(collector, 4 // sample) == [b"same"] * (4 // sample)
 
 
 def test_segmentation_is_tried_again_after_refresh(opened: ExitStack, kernel: Kernel) -> None:
@@ -309,7 +299,7 @@ def test_segmentation_is_tried_again_after_refresh(opened: ExitStack, kernel: Ke
     sent.collectors.refresh()
     sent.send(make_batch([b"same"] * 4))
     assert kernel.segmented_errors == []
-    assert received(collector, 12) == [b"same"] * 12
+    assert receive_all(collector, 12) == [b"same"] * 12
 
 
 def test_refused_segments_cost_only_the_collector_concerned(opened: ExitStack, kernel: Kernel) -> None:
@@ -320,7 +310,7 @@ def test_refused_segments_cost_only_the_collector_concerned(opened: ExitStack, k
     kernel.segmented_errors = [errno.EIO]
     sent.send(make_batch(payloads))
     for sock in sockets:
-        assert received(sock, 150) == payloads
+        assert receive_all(sock, 150) == payloads
 
 
 def test_refused_segments_cost_nobody_else_in_another_thread(opened: ExitStack, kernel: Kernel) -> None:
@@ -333,7 +323,7 @@ def test_refused_segments_cost_nobody_else_in_another_thread(opened: ExitStack, 
     kernel.segmented_errors = [errno.EIO, 0, errno.EIO, 0, 0, errno.EMSGSIZE]
     accounts = sent.send(make_batch(payloads, [SOURCES[each] for each in exporters]))
     for number, sock in enumerate(sockets):
-        assert sorted(received(sock, 900), key=lambda each: each[:2]) == sorted(payloads, key=lambda each: each[:2])
+        assert sorted(receive_all(sock, 900), key=lambda each: each[:2]) == sorted(payloads, key=lambda each: each[:2])
         assert accounts[f"collector/c{number}"]["sent"] == 900
         assert accounts[f"collector/c{number}"]["bytes"] == sum(map(len, payloads))
 
@@ -354,7 +344,7 @@ def test_error_that_would_meet_the_rest_drops_the_rest(
     sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
     kernel.most, kernel.late_error = 3, error
     account = sent.send(make_batch([b"%d" % number for number in range(10)]))["collector/a"]
-    assert received(collector, 3) == [b"0", b"1", b"2"]
+    assert receive_all(collector, 3) == [b"0", b"1", b"2"]
     assert (account["sent"], account[cause], account["unreachables"]) == (3, 7, 2)
     assert kernel.calls == 3
 
@@ -379,7 +369,7 @@ def test_collector_without_a_route_is_dropped_and_counted(opened: ExitStack) -> 
     sent = Sent(opened, make_client("live", live.getsockname()[1]), *lost)
     accounts = sent.send(make_batch([b"x", b"y"]))
     sent.collectors.refresh()
-    assert received(live, 2) == [b"x", b"y"]
+    assert receive_all(live, 2) == [b"x", b"y"]
     for address in ("192.0.2.1", "2001:db8::1"):
         assert accounts[f"collector/{address}"]["dropped_not_connected"] == 2
 
@@ -390,7 +380,7 @@ def test_datagrams_that_fail_one_by_one_are_skipped(opened: ExitStack, kernel: K
     sent = Sent(opened, make_client("a", collector.getsockname()[1]), segmentation=False)
     kernel.errors = [errno.EPERM] * 4
     account = sent.send(make_batch([b"0", b"1", b"2"]))["collector/a"]
-    assert received(collector, 1) == [b"2"]
+    assert receive_all(collector, 1) == [b"2"]
     assert account["dropped_eperm"] == 2
 
 
@@ -460,7 +450,7 @@ def test_what_finds_no_room_waits(opened: ExitStack, kernel: Kernel, error: int,
     account = sent.work()["collector/a"]
     assert (account["sent"], account["held"]) == (150, 0)
     sent.send(make_batch(numbered(150, 10)))
-    assert received(collector, 160) == numbered(0, 160)
+    assert receive_all(collector, 160) == numbered(0, 160)
 
 
 @pytest.mark.parametrize("error", [errno.EAGAIN, errno.ENOBUFS])
@@ -506,7 +496,7 @@ def test_too_many_bytes_push_out_the_oldest(opened: ExitStack, kernel: Kernel) -
         kernel.errors = []
         wait_until(partial(nothing_waits, sent), "all has left")
         for each in collectors:
-            assert [payload[0] for payload in received(each, kept)] == list(range(20 - kept, 20))
+            assert [payload[0] for payload in receive_all(each, kept)] == list(range(20 - kept, 20))
 
 
 def test_collector_that_leaves_takes_what_waits_along(opened: ExitStack, kernel: Kernel) -> None:
@@ -519,4 +509,4 @@ def test_collector_that_leaves_takes_what_waits_along(opened: ExitStack, kernel:
     wait_until(lambda: (sent.work(), sent.memory_used == 0)[1], "their memory is given back")
     sent.collectors.departed.close_all()
     assert sent.collectors.departed.lost == 10
-    assert received(collector, 0) == []
+    assert receive_all(collector, 0) == []

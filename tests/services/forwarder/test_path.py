@@ -18,7 +18,7 @@ from shared.net.sockets import enlarge_receive_buffer
 from tests.builders import make_batch, make_client
 from tests.deploy.confined import SCMP_ACT_ALLOW, SCMP_ACT_ERRNO, Filter
 from tests.network import End, Host, veth
-from tests.services.forwarder.sent import Sent
+from tests.services.forwarder.sent import Sent, receive_all
 from tests.stack import wait_until
 
 PORT = 9514
@@ -79,16 +79,6 @@ def site(lab: None) -> Iterator[Site]:
         yield Site(opened, relay, router, siem)
 
 
-def receive(collector: socket.socket, count: int) -> list[bytes]:
-    """The next datagrams, and no more than those."""
-    found = [collector.recv(1 << 16) for _ in range(count)]
-    collector.setblocking(False)
-    with pytest.raises(BlockingIOError):
-        collector.recv(1 << 16)
-    collector.settimeout(60)
-    return found
-
-
 SINGLES = [[bytes([number]) * 1400] for number in range(40)]
 MIXED = [[bytes([number]) * size for size in (100, 1400, 3000, 700, 1273, 60_000)] for number in range(8)]
 RUNS = [[bytes([number]) * 1400 for number in range(40)], [bytes([number]) * 1280 for number in range(64)] + [b"end"]]
@@ -105,7 +95,7 @@ def test_copies_pass_a_smaller_mtu(site: Site, filtered: bool, batches: Sequence
         account = sent.send(make_batch(batch))["collector/siem"]
         sent.refresh()
     expected = [payload for batch in batches for payload in batch]
-    assert sorted(receive(collector, len(expected))) == sorted(expected)
+    assert sorted(receive_all(collector, len(expected))) == sorted(expected)
     assert account["sent"] == account["offered"] == len(expected)
 
 
@@ -139,7 +129,7 @@ def test_a_smaller_mtu_that_is_known_costs_ipv6_nothing(
     told = [bytes(1400)]
     sent.send(make_batch(told))
     if route:
-        assert receive(collector, 1) == told
+        assert receive_all(collector, 1) == told
     else:
         wait_for_mtu()
         sent.refresh()
@@ -147,7 +137,7 @@ def test_a_smaller_mtu_that_is_known_costs_ipv6_nothing(
         account = sent.send(make_batch(batch))["collector/siem"]
         sent.refresh()
     expected = [payload for batch in batches for payload in batch]
-    assert sorted(receive(collector, len(expected))) == sorted(expected)
+    assert sorted(receive_all(collector, len(expected))) == sorted(expected)
     assert account["sent"] == account["offered"]
 
 
@@ -159,7 +149,7 @@ def test_the_answer_that_tells_of_a_smaller_mtu_costs_no_datagram(site: Site, ba
     wait_for_mtu()
     for _ in range(3):
         account = sent.send(make_batch(batch))["collector/siem"]
-    assert sorted(receive(collector, 3 * len(batch))) == sorted(3 * batch)
+    assert sorted(receive_all(collector, 3 * len(batch))) == sorted(3 * batch)
     assert account["sent"] == account["offered"] == 3 * len(batch) + 1
 
 
@@ -260,7 +250,7 @@ def test_what_a_router_or_firewall_refuses_is_unreachable(site: Site, version: i
     collector = site.listen(version)
     sent = site.send(version)
     sent.send(make_batch([b"first"]))
-    assert (receive(collector, 1), sent.trouble()) == ([b"first"], "")
+    assert (receive_all(collector, 1), sent.trouble()) == ([b"first"], "")
     site.refuse(version, kind)
     with capture_logs() as logs:
         for _ in range(110):
@@ -318,7 +308,7 @@ def test_without_a_route_nothing_is_connected_and_with_one_again(site: Site, ver
     sent.refresh()
     account = sent.send(make_batch([b"back"]))["collector/siem"]
     assert account["sent"] == 2
-    assert receive(collector, 2) == [b"before", b"back"]
+    assert receive_all(collector, 2) == [b"before", b"back"]
 
 
 def in_thread(work: Callable[[], None]) -> None:
@@ -360,7 +350,7 @@ def test_what_this_host_does_not_let_out_is_unreachable(site: Site, error: int) 
     assert [line["errno"] for line in logs] == [errno.errorcode[error]]
     sent.send(make_batch([b"well"]))
     wait_until(lambda: not sent.trouble(), "it is well again")
-    assert receive(collector, 2) == [b"first", b"well"]
+    assert receive_all(collector, 2) == [b"first", b"well"]
 
 
 @BOTH
@@ -378,7 +368,7 @@ def test_what_a_firewall_refuses_is_unreachable(site: Site, version: int, where:
         pytest.skip("nft, of nftables, is not installed")
     collector, sent = site.listen(version), site.send(version)
     sent.send(make_batch([b"first"]))
-    assert (receive(collector, 1), sent.trouble()) == ([b"first"], "")
+    assert (receive_all(collector, 1), sent.trouble()) == ([b"first"], "")
     host: Host = getattr(site, where)
     rules = f"add table inet x; add chain inet x c {{ type filter hook {chain} priority 0; }}; "
     host.run("nft", f"{rules} add rule inet x c udp dport {PORT} {verdict}")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.services.gateway.talk import talk_to
 from tests.services.gateway.test_server import counters
-from tests.services.gateway.test_watching import Conversation
 from tests.stack import Running, Stack, ask, ask_json, wait_until
 
 CEILING = 80 << 20
@@ -61,7 +61,7 @@ def test_unfinished_requests(stack: Stack, gateway: Running, opened: ExitStack) 
 
 def test_watchers_that_do_not_read(stack: Stack, gateway: Running, opened: ExitStack) -> None:
     """A thousand that watch and take nothing: those are cut that would not fit; who reads gets every event."""
-    reader = Conversation()
+    reader = talk_to()
     opened.callback(reader.close)
     since = reader.ask("watch")["revision"]
     for _ in range(CONNECTIONS):

@@ -10,47 +10,18 @@ from typing import Any
 import pytest
 
 from shared.bus.zmq_sockets import Subscriber, new_context
+from tests.services.gateway.talk import Talk, talk_to
 from tests.services.gateway.test_server import counters
 from tests.stack import Running, Stack, ask, ask_json, wait_until
-
-
-class Conversation:
-    """A connection to the gateway that says a JSON line at a time and reads what comes."""
-
-    def __init__(self, port: int = 5000) -> None:
-        self.connection = socket.create_connection(("127.0.0.1", port), timeout=60)
-        self._lines = self.connection.makefile("rb")
-
-    def ask(self, op: str, **fields: Any) -> dict[str, Any]:
-        """Send a request and return the next line."""
-        self.connection.sendall(json.dumps({"op": op, **fields}).encode() + b"\n")
-        return self.read()
-
-    def read(self) -> dict[str, Any]:
-        """The next line."""
-        line: dict[str, Any] = json.loads(self._lines.readline())
-        return line
-
-    def follow(self, until: int) -> list[dict[str, Any]]:
-        """Every event up to this revision."""
-        events = [self.read()]
-        while events[-1]["revision"] < until:
-            events.append(self.read())
-        return events
-
-    def close(self) -> None:
-        """Go away."""
-        self._lines.close()
-        self.connection.close()
 
 
 @pytest.fixture
 def talk() -> Iterator[Any]:
     """Begins conversations, which end with the test."""
-    begun: list[Conversation] = []
+    begun: list[Talk] = []
 
-    def begin() -> Conversation:
-        begun.append(Conversation())
+    def begin() -> Talk:
+        begun.append(talk_to())
         return begun[-1]
 
     yield begin

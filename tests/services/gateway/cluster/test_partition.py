@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.services.gateway.cluster.nodes import Node, ServersApart, accounts_of, agree
-from tests.services.gateway.test_watching import Conversation
+from tests.services.gateway.talk import talk_to
 from tests.stack import wait_until
 
 pytestmark = pytest.mark.usefixtures("lab")
@@ -24,7 +24,7 @@ def test_the_minority_promises_nothing(tmp_path: Path) -> None:
         at_a, replaced = a.register("at-a", ttl=600)["client"], a.register("replaced", ttl=600)["client"]
         at_b = b.register("at-b", ttl=600)["client"]
         agree(a, b)
-        with closing(Conversation(a.gateway)) as held:
+        with closing(talk_to(a.gateway)) as held:
             assert held.ask("register", name="held", hold=True, ttl=600)["ok"]
             agree(a, b)
             servers.cut_off(0)

@@ -19,7 +19,7 @@ from services.gateway.cluster.keys import META, SESSION, stream_name, subject_of
 from services.gateway.cluster.records import Gone, Identity, Record, Session, encode, key_of
 from tests.builders import freeze_process
 from tests.services.gateway.cluster.nodes import REGISTRY, Node, accounts_of, agree, in_loop
-from tests.services.gateway.test_watching import Conversation
+from tests.services.gateway.talk import talk_to
 from tests.services.uplink.nats import NatsCluster, publish
 from tests.stack import CHECKOUT, wait_until
 from tests.traffic import open_receiver
@@ -113,7 +113,7 @@ def test_a_lease_moves_with_the_client(nodes: tuple[Node, Node]) -> None:
 def test_what_a_connection_holds_ends_with_it(nodes: tuple[Node, Node]) -> None:
     """An entry that a connection to one node holds is not free for others at any, and leaves all with it."""
     a, b = nodes
-    with closing(Conversation(a.gateway)) as held:
+    with closing(talk_to(a.gateway)) as held:
         assert held.ask("register", name="held", hold=True)["ok"]
         b.lists("held")
         assert b.register("held")["error"] == "name_taken"
@@ -129,7 +129,7 @@ def test_a_connection_learns_that_another_node_has_ended_its_entry(
     That is what nodes do which have not heard of the connection's own for a while.
     """
     a, b = nodes
-    with closing(Conversation(a.gateway)) as held:
+    with closing(talk_to(a.gateway)) as held:
         first = held.ask("register", name="held", hold=True)["client"]
         assert b.register("held", take_over=True)["ok"]
         told = held.read()
@@ -146,7 +146,7 @@ def test_a_connection_learns_that_another_node_has_ended_its_entry(
 def test_watchers_go_on_at_another_node(nodes: tuple[Node, Node]) -> None:
     """Events of all nodes come to a watcher of any, each with the next revision, and it may go on at another node."""
     a, b = nodes
-    with closing(Conversation(b.gateway)) as watcher:
+    with closing(talk_to(b.gateway)) as watcher:
         answer = watcher.ask("watch")
         revision, epoch = answer["revision"], answer["epoch"]
         first = a.register("first")["client"]
@@ -156,7 +156,7 @@ def test_watchers_go_on_at_another_node(nodes: tuple[Node, Node]) -> None:
         named = [(each["event"], each.get("name") or each["client"]["name"]) for each in events]
         assert named == [("joined", "first"), ("joined", "second"), ("left", "first")]
         assert [each["revision"] for each in events] == [revision + 1, revision + 2, revision + 3]
-    with closing(Conversation(a.gateway)) as watcher:
+    with closing(talk_to(a.gateway)) as watcher:
         assert "clients" not in watcher.ask("watch", revision=revision + 1, epoch=epoch)
         assert [watcher.read()["event"], watcher.read()["event"]] == ["joined", "left"]
 
@@ -263,7 +263,7 @@ def test_a_killed_gateway_comes_back(servers: NatsCluster, tmp_path: Path) -> No
     with Node(tmp_path / "c", "c", servers) as c, Node(tmp_path / "d", "d", servers) as d:
         c.begin()
         d.begin()
-        held = Conversation(c.gateway)
+        held = talk_to(c.gateway)
         assert held.ask("register", name="held-at-c", hold=True)["ok"]
         lasting = c.register("lasting", ttl=600)["client"]
         d.lists("held-at-c", "lasting")

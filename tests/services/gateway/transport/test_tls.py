@@ -15,6 +15,7 @@ import pytest
 
 from services.gateway.handler import MAX_WRONG_TOKENS
 from tests.certificates import Authority
+from tests.services.gateway.talk import Talk
 from tests.services.gateway.test_server import counters
 from tests.stack import Running, Stack, ask, ask_json, wait_until
 
@@ -52,52 +53,19 @@ class Site:
         self.stack.configure(f"[gateway]\n{lines}{''.join(entries)}")
         return self.stack.start("gateway")
 
-    def connect(self, shown: tuple[Path, Path] | None = None) -> "Talk":
+    def connect(self, shown: tuple[Path, Path] | None = None) -> Talk:
         """Connect by TLS, showing a certificate if there is one."""
         context = ssl.create_default_context(cafile=self.authority.certificate)
         if shown:
             context.load_cert_chain(*shown)
         return Talk(context.wrap_socket(raw_connection(), server_hostname="localhost"))
 
-    def connect_as(self, name: str) -> "Talk":
+    def connect_as(self, name: str) -> Talk:
         """Connect, and present the token of that name."""
         talk = self.connect()
         answer = talk.ask("auth", token=f"secret {name}")
         assert (answer["ok"], answer["holder"]) == (True, name)
         return talk
-
-
-class Talk:
-    """A connection on which requests are made."""
-
-    def __init__(self, connection: ssl.SSLSocket) -> None:
-        self.connection = connection
-        self._lines = connection.makefile("rb")
-
-    def ask(self, op: str, **fields: object) -> dict[str, Any]:
-        """The answer to a request."""
-        self.tell(op, **fields)
-        return self.line()
-
-    def tell(self, op: str, **fields: object) -> None:
-        """Send a request; its answer is a line that comes."""
-        self.connection.sendall(json.dumps({"op": op, **fields}).encode() + b"\n")
-
-    def line(self) -> dict[str, Any]:
-        """The next line that comes."""
-        line: dict[str, Any] = json.loads(self._lines.readline())
-        return line
-
-    def rest(self) -> bytes:
-        """All that comes until the gateway closes."""
-        return self._lines.read()
-
-    def __enter__(self) -> "Talk":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lines.close()
-        self.connection.close()
 
 
 def raw_connection() -> socket.socket:
@@ -196,7 +164,7 @@ def test_entries_belong_to_their_holder(site: Site) -> None:
     with site.connect_as("siem") as first, site.connect_as("siem") as second, site.connect_as("boss") as boss:
         held = first.ask("register", name="c", take_over=True, hold=True)["client"]["generation"]
         assert second.ask("register", name="c", take_over=True)["client"]["generation"] > held
-        told = first.line()
+        told = first.read()
         assert (told["event"], "by 'siem'" in told["message"]) == ("taken_over", True)
         last = boss.ask("register", name="c", take_over=True)["client"]["generation"]
         assert boss.ask("leave", name="c", generation=last)["ok"]
@@ -374,7 +342,7 @@ def test_watch(site: Site) -> None:
     with site.connect_as("siem") as talk:
         assert len(talk.ask("watch")["clients"]) == 5000
         assert ask_json({"op": "register", "name": "last"})["ok"]
-        event = talk.line()
+        event = talk.read()
         assert (event["event"], event["client"]["name"]) == ("joined", "last")
 
 
@@ -403,6 +371,7 @@ def test_client_that_closes_its_side(site: Site, politely: bool) -> None:
             talk.connection.sendall(b'{"op":"list"}\n' * 50)
             with contextlib.suppress(OSError):  # the other side's bytes may come before its goodbye
                 if politely:
+                    assert isinstance(talk.connection, ssl.SSLSocket)
                     talk.connection.unwrap()
                 else:
                     talk.connection.shutdown(socket.SHUT_WR)
