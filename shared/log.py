@@ -1,7 +1,7 @@
 """The log: structlog, lines for people or one JSON object a line.
 
-Everything that logs gets its logger here, so that structlog is loaded without rich, for which it looks: that is a sixth
-of every start, and 3 MB, for drawing tracebacks that are text before they get there.
+Everything that logs gets its logger here. structlog would load rich to draw tracebacks: a sixth of every start, and
+3 MB. Here they are text already, and rich is not loaded.
 """
 
 import logging

@@ -1,8 +1,8 @@
 """Answers only who may ask: the Host and Origin that a browser names, a token beyond this host or to change. No socket.
 
 A page of another site, open in the operator's browser, could let its own name lead to 127.0.0.1 (DNS rebinding). Its
-requests carry that name as Host. Nor may such a page change anything (CSRF): only a request of our own page, which its
-Origin says, and of JSON, which another site may not send unasked, has the credentials that the browser keeps looked at.
+requests carry that name as Host. Nor may such a page change anything (CSRF). So the credentials that a browser keeps
+count only with an Origin that is our own page, and with JSON, which a browser lets no other site send unasked.
 """
 
 import asyncio
@@ -42,8 +42,8 @@ MAY_SEE: Final = "fanwire.may_see"
 """The key of a request's scope that has a function: may an answer that lasts go on? Its token may be revoked."""
 LINGER_SECONDS: Final = 1.0
 LINGER_BYTES: Final = 64 * 1024
-"""Time for the rest of a request that is not needed, and its size: what is unread when a connection is closed resets
-it, and the answer may be lost on its way (RFC 9112, 9.6)."""
+"""Time for the rest of a request that is not needed, and its size. A connection that is closed with unread bytes is
+reset, and the answer may be lost on its way (RFC 9112, 9.6)."""
 _PLAIN: Final = (b"content-type", b"text/plain; charset=utf-8")
 
 Refusal = tuple[int, str, list[tuple[bytes, bytes]]]

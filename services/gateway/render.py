@@ -26,7 +26,7 @@ class EntryView(ListedClient, frozen=True, kw_only=True):
     withheld: Withheld | None
     catch_up: bool | UnsetType = UNSET
     catching_up: Progress | UnsetType = UNSET
-    """Only of one that gets from the journal what it misses; and of one that is being given it now."""
+    """The first only of a collector that gets from the journal what it misses; the second only while it gets that."""
     host: str | UnsetType = UNSET
     """Its host name in the settings; only where it has one."""
     node: str | UnsetType = UNSET

@@ -72,7 +72,7 @@ SILENT_SECONDS: Final = 3.5 * INTERVAL_SECONDS
 SOON_SECONDS: Final = INTERVAL_SECONDS / 2
 """A report that comes sooner, since somebody else has just subscribed, begins no rate of its own."""
 FORGET_SECONDS: Final = 120.0
-"""A silent service is shown for this long, and one that tells its end, and has not, until it reports again."""
+"""Time for which a silent service is shown. One that would have told its end is shown until it reports again."""
 SENDERS: Final[Mapping[Source, str]] = {"relay": "forwarder.", "original": "transmitter."}
 """Beginnings of the names of those that serve collectors, by the `source` of these."""
 TELL_THEIR_END: Final = ("ingest.", "forwarder.", "transmitter.")

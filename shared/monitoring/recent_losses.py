@@ -42,7 +42,7 @@ class RecentLosses:
 
     def __init__(self) -> None:
         self._past: dict[tuple[str, int, Loss], Past] = {}
-        """By account and loss, and of losses that may fall by the boot of the service, as only then they begin anew."""
+        """By account, boot id and loss. The boot id is 0 but for losses that may fall: with it these begin anew."""
 
     def note(
         self, accounts: Mapping[str, Accounts], boots: Mapping[str, int], seen: Collection[str], now: float

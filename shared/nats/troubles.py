@@ -6,7 +6,7 @@ log = get_logger()
 
 
 class Troubles:
-    """Troubles that there are now, by what they are with, in one word or with more behind it, as a server."""
+    """The present troubles, by the thing that they are with: a word, or a word and a particular such as a server."""
 
     def __init__(self) -> None:
         self.now: dict[str, str] = {}
@@ -18,7 +18,7 @@ class Troubles:
             log.warning(told, uplink=what)
 
     def end(self, what: str, told: str) -> None:
-        """Log that a trouble is over, if there was one, also with something in particular."""
+        """Log that a trouble is over, if there was one; `what` stands for all its particulars."""
         over = [each for each in self.now if each == what or each.startswith(f"{what} ")]
         for each in over:
             del self.now[each]

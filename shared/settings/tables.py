@@ -304,7 +304,7 @@ class Journal(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     min_free: Annotated[int, Meta(ge=0, le=1 << 50)] = 1_073_741_824
     """Bytes that stay free on the disk, half of it at most, whoever takes them: the oldest segments go; 0: none."""
     sync_seconds: Annotated[float, Meta(ge=0.01, le=3600)] = 0.5
-    """The longest time of which a power cut takes what was written; a killed process loses nothing of that."""
+    """A power cut takes at most what was written in this time; a killed process loses nothing of that."""
     catch_up_per_second: Annotated[int, Meta(ge=100, le=10_000_000)] = 50_000
     """Datagrams a second that the collectors of one sender that catch up get together."""
     memory: Ceiling = 402_653_184

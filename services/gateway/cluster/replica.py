@@ -327,7 +327,7 @@ class Replica:
         self._flush_cache()
 
     def restore(self) -> None:
-        """Write anew what this node knows and the log has not, or not any more; to be planned."""
+        """Write what this node knows and the log lacks, or has lost; to be planned."""
         registry = self.registry
         for name in self._unlisted_orders & {*registry.withheld}:
             registry.order(name, registry.withheld[name])

@@ -8,8 +8,8 @@ from shared.bus.pieces import Assembler
 from shared.client import Client, Trouble
 
 Word = Literal["fresh", "ok", "waiting", "withheld", "elsewhere"] | Trouble
-"""State of a collector's copies: nobody was asked yet, they flow, no answer came in time, an admin withholds them,
-another node serves it, or the reported trouble."""
+"""State of a collector's copies, in this order: nobody was asked for them yet, they flow, no answer came in time, an
+admin withholds them, another node serves the collector; or the reported trouble."""
 
 
 @dataclass(frozen=True, slots=True)

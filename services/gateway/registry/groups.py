@@ -30,7 +30,7 @@ class Groups:
         self._members: Counter[tuple[str, Source]] = Counter()
 
     def identify(self, group: str, peer: Peer, origin: Origin) -> str:
-        """Return the bus's identifier of a group: those of the settings are apart from those of any client."""
+        """Return the bus's identifier of a group. A group of the settings is never the same as one of a client."""
         owner = msgspec.json.encode((origin is Origin.SETTINGS, peer.rights.holder, group))
         return hashlib.blake2b(owner, digest_size=IDENTIFIER_BYTES, key=self.secret).hexdigest()
 

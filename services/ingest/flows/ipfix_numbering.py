@@ -36,7 +36,7 @@ class Numbering:
     def unify(
         self, slots: Integers, first: Mask, numbers: Integers, counts: Integers, sure: Mask
     ) -> tuple[Integers, Integers, Mask, list[int]]:
-        """Return numbers that stand before their records, counts, whether those are all, and slots to follow anew.
+        """Return numbers as of *before* the records, counts, whether these are sure, and slots to follow anew.
 
         Arguments are as for `SequenceTracker.track`. For an exporter without a finding, no count is sure.
         """

@@ -58,8 +58,8 @@ class DefiningDatagram(NamedTuple):
 class Ready(NamedTuple):
     """A datagram to be sent: from where, and its payload, which numbers it as if the exporter had just sent it.
 
-    Whoever gets nothing else of that exporter finds no gap between these datagrams under the number `aside`. Its number
-    is by `back` less than that of what the exporter sends next. What came before `since_ns` may be defined otherwise.
+    A collector that gets nothing else of that exporter is sent the number `aside`, and finds no gap. The payload's own
+    number is `back` less than the exporter's next one. Records from before `since_ns` may be defined otherwise.
     """
 
     address: bytes

@@ -26,7 +26,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(_arguments: argparse.Namespace, settings: Settings) -> int:
-    """Print the streams that run, those of the settings where nobody tells, and those that somebody waits for."""
+    """Print the streams that run, or of the settings where no service tells; and those that collectors wait for."""
     streams = streams_of(settings)
     rows = list(_rows(picture_with_rates(settings), streams, settings))
     print_table(counted(len(rows), "stream"), COLUMNS, rows, ("received", "per second", "lost"))

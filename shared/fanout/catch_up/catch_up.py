@@ -39,11 +39,11 @@ from shared.settings.model import Settings
 JOURNAL: Final = "journal."
 JOURNAL_STATUS: Final = status_topic(JOURNAL)[:-1]
 TURN_SECONDS: Final = 0.0005
-"""Live copies wait so long for those of the past, and for the last to be sent, then have as much to themselves."""
+"""Time for which live copies wait for those of the past, but for one send more; then live ones have as much alone."""
 IDLE_SECONDS: Final = 0.05
 """Time after which one is looked at again that gets nothing now."""
 STRAY_NS: Final = 10_000_000_000
-"""A worker that has begun this long before a collector left, and is not known, is none of which it had anything."""
+"""An unknown worker that began this long before a collector left is one of which that has had nothing."""
 TABLE: Final = "past/"
 ALIVE: Final = "alive/"
 ALIVE_NS: Final = "alive_ns"
@@ -123,7 +123,7 @@ class CatchUp(Generic[D]):
         return {ALIVE: self._alive, **past}
 
     def note_leaving(self, clients: Mapping[str, Client]) -> None:
-        """Note where collectors have got to that `clients`, the new ones, have no more, or under a new generation."""
+        """Note the places of collectors that leave: `clients`, the new ones, have them no more, or as others."""
         for client in (*self._collectors.clients, *self._before):
             new = clients.get(client.name)
             if new is None or new.generation != client.generation:

@@ -192,7 +192,7 @@ class JournalReports:
         """By stream and account: the datagrams that it could not write, or that the bus has lost on the way to it."""
 
     def read(self, envelope: Envelope, status: Status) -> Callable[[str], tuple[Hashable, dict[Worker, int]]]:
-        """Return what tells by stream what `Window.confirm` wants: with more lost it is as if started anew."""
+        """Return the arguments of `Window.confirm` by stream; a journal that has lost more counts as restarted."""
         reached: dict[str, dict[Worker, int]] = {}
         for name, account in status.accounts.items():
             if is_origin(name):

@@ -14,7 +14,7 @@ from shared.datagrams.routing import Router
 from shared.fanout.catch_up.window import Numbered
 
 MOST_CHANGES: Final = 1024
-"""Changes that are known of a worker's rows; what came between older ones is shared as at the begin."""
+"""Changes of the shares that are known for a worker's rows; rows before them are shared as at the begin."""
 
 
 class Sharing(NamedTuple):

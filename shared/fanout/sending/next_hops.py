@@ -38,8 +38,8 @@ PKTINFO4: Final = struct.Struct("=i8x")
 PKTINFO6: Final = struct.Struct("=16xi")
 ASK_AGAIN_SECONDS: Final = 0.1
 ASK_AGAIN_SHARE: Final = 10
-"""A router's table, or a link, may change all the time. A change makes all ways be asked for anew at most this often,
-for one part in this many of the time."""
+"""A router's table, or a link, may change all the time. After a change all ways are asked for anew: at most once in
+this time, and for one part in this many of it."""
 
 
 log = get_logger()

@@ -10,7 +10,7 @@ from shared.ledger.counters import PERHAPS_TWICE, SENT
 
 LOOK_SECONDS: Final = 1.0
 LOOKS: Final = 5
-"""Looks at what was sent: one that misses this node after two seconds begins with what was received before these."""
+"""Looks at what was sent, for five seconds: another node misses this one after two, and goes on from before that."""
 
 
 class PerhapsTwice:

@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 class _Output:
-    """Standard output, whose end, a closed pipe or terminal, is no error: `ended` is called, once."""
+    """Standard output. Its end, a closed pipe or terminal, is no error: `ended` is called, once."""
 
     def __init__(self, file: TextIO) -> None:
         self._file: TextIO | None = file
