@@ -11,8 +11,8 @@ import pytest
 from services.gateway.registry.expiry_pause import MIN_CLIENTS
 from tests.network import End, Host, veth
 from tests.openly import OpenStack
-from tests.services.gateway.test_server import counters
 from tests.services.gateway.talk import Talk, talk_to
+from tests.services.gateway.test_server import counters
 from tests.services.gateway.transport.test_tls import PORT, Site, entry
 from tests.stack import Running, ask_json, wait_until
 

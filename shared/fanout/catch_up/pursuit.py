@@ -273,7 +273,7 @@ class Pursuit(StreamPlace):
         return steps
 
     def _late(self, followed: Mapping[Worker, Position]) -> set[Worker]:
-        """Return workers that the journal may have had nothing of when it was asked, and whose beginning it may have."""
+        """Return workers whose beginning the journal may have, and had nothing of when it was asked last."""
         unknown = followed.keys() - self._totals.keys() - self._fetched.keys() - self._asked_of
         return set() if self.by_window else {worker for worker in unknown if self._owed_from(worker, followed[worker])}
 

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from services.gateway.cluster.keys import stream_name, subject_of
 from services.gateway.cluster.member import Member
 from services.gateway.registry.changes import never_keep
-from services.gateway.registry.pasts import Past
+from services.gateway.registry.reached_places import Past
 from services.gateway.registry.registry import Registry
 from shared.client import MAX_PLACES, Place
 from shared.settings.model import Settings
