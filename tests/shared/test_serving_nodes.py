@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.bus.bodies.nodes_message import Node, Nodes, NodeState
-from shared.client import Client, Place, Resume
+from shared.client import Client, Place, Resume, Source
 from shared.serving_nodes import (
     BRING_SECONDS,
     RESUME_SECONDS,
@@ -156,7 +156,7 @@ def test_a_node_that_is_silent_for_long_was_where_it_was_heard_last() -> None:
     found.split(clients(), "relay")
     found.note(msgspec.structs.replace(told(majority=False, b="silent", c="silent"), serving=()))
     assert not found.split(clients(), "relay")[0]
-    further = {"relay": [msgspec.structs.replace(PLACES[0], total=900)]}
+    further: dict[Source, list[Place]] = {"relay": [msgspec.structs.replace(PLACES[0], total=900)]}
     late = Node("b", "silent", 16_000, 0, 33, further, serving=("a", "b", "c"))
     healed = told(c="live")
     found.note(msgspec.structs.replace(healed, nodes=[*healed.nodes, late]))
