@@ -9,7 +9,7 @@ from typing import Final
 import zmq
 
 from shared.bus.curve_keys import Keys, load_keys
-from shared.datagrams.limits import MAX_PAYLOAD, MAX_ROWS, ROW_SIZE
+from shared.datagrams.limits import MAX_ROWS, ROW_SIZE
 from shared.net.addresses import Endpoint, SocketAddress, resolve
 from shared.settings.explain import SettingsError
 from shared.settings.tables import Bus
@@ -20,8 +20,10 @@ HEARTBEAT_TIMEOUT_MS: Final = 15_000
 PROBE_SECONDS: Final = 2.0
 QUEUE_SHARE: Final = 4
 """A queue may take one part in this many of a process's memory ceiling."""
-LARGEST_MESSAGE: Final = MAX_PAYLOAD + MAX_ROWS * ROW_SIZE
-"""Bytes of the largest bus message, apart from names."""
+PLACE: Final = 64 * 1024
+"""A message takes one place in a queue, and another one for each of as many bytes."""
+MOST_IN_PLACE: Final = PLACE + MAX_ROWS * ROW_SIZE
+"""Bytes that a place takes at most, apart from names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def queue_limit(high_water_mark: int, memory_ceiling: int) -> int:
     """
     if not memory_ceiling:
         return high_water_mark
-    return min(high_water_mark, max(1, memory_ceiling // QUEUE_SHARE // LARGEST_MESSAGE))
+    return min(high_water_mark, max(1, memory_ceiling // QUEUE_SHARE // MOST_IN_PLACE))
 
 
 def ipc_endpoint(directory: Path, side: str) -> str:

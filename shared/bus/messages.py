@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 VERSION: Final = 1
 MAX_MESSAGE: Final = 1024 * 1024
 """Bytes a part may have; libzmq disconnects a peer that sends more (ZMQ_MAXMSGSIZE)."""
+FILLER: Final = b"\xc0"
+"""The body of a message that only takes a place in the queues, behind a large one. It has that one's envelope."""
 MAX_TOPIC: Final = 512
 MAX_ENVELOPE: Final = 512
 """Bytes: names in topics and envelopes are short; anything longer is not fanwire's."""

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Final
 import zmq
 
 from shared.bus.bodies.fields import REPLAY_PREFIX, REPLY_PREFIX
-from shared.bus.endpoint import DIRECT, BusLink
+from shared.bus.endpoint import DIRECT, PLACE, BusLink
 from shared.bus.messages import (
+    FILLER,
     MAX_MESSAGE,
     MAX_TOPIC,
     Body,
@@ -216,6 +217,8 @@ class Publisher:
             self._send(parts[-1], NOBLOCK)
         except zmq.Again:
             return False
+        for _ in range(len(parts[-1]) // PLACE):  # a queue is bounded by messages, and so by bytes
+            self._put((*parts[:2], FILLER))
         return True
 
     def position(self, topic: str) -> tuple[int, int]:
@@ -291,6 +294,8 @@ class Subscriber:
                 frame = self._socket.recv(NOBLOCK, copy=False)
                 # Small parts as bytes; the arrays stay where ZeroMQ received them, kept alive by the views on them.
                 parts.append(frame.bytes if len(parts) < 3 else frame.buffer)
+            if len(parts) == 3 and parts[2] == FILLER:
+                continue
             try:
                 message = decode(parts, self._borrower.borrow if self._borrower else borrow_nothing)
             except MessageError as error:

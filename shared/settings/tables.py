@@ -39,8 +39,8 @@ class Bus(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     directory: FullPath = "$XDG_RUNTIME_DIR/fanwire"
     """Holds the ipc sockets; without XDG_RUNTIME_DIR a directory of this user under /tmp."""
-    high_water_mark: Annotated[int, Meta(ge=1, le=65_536)] = 256
-    """Messages a queue of the bus holds before it drops, each up to 256 datagrams or 512 KiB."""
+    high_water_mark: Annotated[int, Meta(ge=1, le=65_536)] = 2048
+    """Messages a queue of the bus holds before it drops. One counts once more for each 64 KiB that it has."""
     pool: Annotated[int, Meta(ge=0, le=1 << 30)] = 67_108_864
     """Bytes of memory that a worker may lend a stream's payloads in; 0: all go through the bus."""
     listen: tuple[str, ...] = ()

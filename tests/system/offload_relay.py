@@ -100,7 +100,7 @@ class Relay:
     def lost_on_bus(self) -> int:
         """Datagrams that the bus has lost, as both its ends count them.
 
-        Each is a message here, and a queue holds 256: a process that is kept from the CPU for over a second loses some.
+        Each is a message here, and a queue holds 2,048: a process that is kept from the CPU for long loses some.
         """
         missed = accounts_when(self._bus, self.sender, lambda told: "collector/siem" in told)["collector/siem"]
         refused = accounts_when(self._bus, "ingest.1", lambda _: True)["stream/netflow"]

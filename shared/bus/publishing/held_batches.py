@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from shared.bus.endpoint import PLACE
 from shared.bus.messages import HOLD_PREFIX, Again, Datagrams, again_topic, datagrams_topic, hold_topic
 from shared.bus.zmq_sockets import Publisher
 
@@ -150,8 +151,10 @@ class HeldBatches:
     def _publish(self, name: str, held: _Held) -> bool:
         """Publish a portion and its end; return whether nothing is left. A full queue makes it try again."""
         topic = again_topic(self._publisher.sender, name)
-        for _ in range(min(self._portion, len(held.batches) - held.handed_on)):
+        places = 0
+        while places < self._portion and held.handed_on < len(held.batches):
             batch = held.batches[held.handed_on]
+            places += 1 + len(batch.payload) // PLACE
             body = batch.body
             again = Again(body.stream, body.received_ns, generation=body.generation, generations=body.generations)
             if not self._publisher.repeat(topic, again, batch.sequence, batch.total, (batch.rows, batch.payload)):

@@ -34,6 +34,7 @@ from shared.bus.zmq_sockets import (
     check_directory,
     prepare_directory,
 )
+from shared.datagrams.limits import MAX_DATAGRAM
 from shared.process.lifecycle import OperatorError
 from tests.builders import (
     BusEnds,
@@ -153,6 +154,26 @@ def test_full_queue_refuses_and_loses_nothing(stack: Stack) -> None:
         assert publish(publisher, b"200")
         message = take(subscriber)
         assert (message.envelope.sequence, message.envelope.total) == (len(took), len(took))
+
+
+def test_large_messages_take_more_places(stack: Stack) -> None:
+    """Each message of 512 KiB takes eight places of a queue, so that fewer fit; all that were taken arrive."""
+    broker = stack.start("broker")
+    with BusEnds(stack.bus) as bus:
+        publisher, subscriber = bus.publisher(high_water_mark=40), bus.subscriber(TOPIC)
+        wait_wanted(publisher, TOPIC)
+        freeze(broker)
+        took = [
+            number for number in range(40) if publish(publisher, *[(b"%d" % number).ljust(MAX_DATAGRAM, b"\0")] * 8)
+        ]
+        assert took == list(range(len(took)))
+        assert 40 // 8 <= len(took) < 2 * 40 // 8
+        broker.process.send_signal(signal.SIGCONT)
+        arrived = take_datagrams(subscriber, 8 * len(took))
+        assert [int(payload.rstrip(b"\0")) for _, _, payload in arrived[::8]] == took
+        assert publish(publisher, b"small")
+        assert payloads_of([take(subscriber)]) == [b"small"]
+        assert subscriber.rejected == {}
 
 
 def test_garbage_costs_itself_and_nothing_else(stack: Stack) -> None:

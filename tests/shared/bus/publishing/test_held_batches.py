@@ -110,7 +110,7 @@ def test_what_is_held_has_bounds() -> None:
     bus.ask(HOLD)
     big = bytes(held_batches.MAX_HELD // 2 - BATCH_OVERHEAD - 3)
     bus.publish(b"a", big, big)
-    assert bus.ask(AGAIN) == [big, big, b"0 left"]
+    assert bus.ask(AGAIN) + bus.ask(AGAIN) == [big, b"1 left", big, b"0 left"]  # each takes many places of a queue
     bus.ask(HOLD, *(hold_topic(f"forwarder.{number}") for number in range(2, 2 + MAX_SENDERS)))
     bus.publish(b"a")
     assert bus.ask(again_topic("ingest.1", f"forwarder.{1 + MAX_SENDERS}")) == []
