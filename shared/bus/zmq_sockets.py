@@ -274,6 +274,8 @@ class Subscriber:
     def subscribe(self, prefix: str) -> None:
         """Ask for every topic that begins with `prefix`, which ends in `/`: `a.1` would also bring `a.10`."""
         self._prefixes[prefix] += 1
+        if self._borrower:
+            self._borrower.expect(prefix)
         self._socket.subscribe(prefix)
 
     def unsubscribe(self, prefix: str) -> None:

@@ -19,6 +19,7 @@ Why nobody ever sees another datagram's bytes, however long a process is stopped
   their order (`Borrowed.passed`).
 - The memory is sealed (fcntl(2)): nobody but the worker can write to it, and nobody can cut it short.
 - A borrower is forgotten when its connection ends, which the kernel does when its process does, and not before.
-- Without a free chunk payloads go through the bus like small ones. So they do for a moment after each subscription,
-  since the subscriber may not have borrowed yet, and while anybody that can't borrow subscribes to `inline_topic`.
+- Without a free chunk payloads go through the bus like small ones. So they do while anybody subscribes to
+  `inline_topic`: those that can't borrow, and those that have just subscribed to the stream and have not borrowed yet.
+  So they do for a moment after each subscription, for those that subscribe to many streams by one prefix.
 """

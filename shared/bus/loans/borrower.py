@@ -70,6 +70,11 @@ class Borrowed:
         """Return whether the worker waits for us: from now on we can read what it lends."""
         return self._memory is not None or self._receive_answer()
 
+    @property
+    def answered(self) -> bool:
+        """Return whether the worker has admitted us, or never will."""
+        return self.admitted or self._connection.fileno() < 0
+
     def _receive_answer(self) -> bool:
         """Map the memory, if the worker has answered by now."""
         descriptors: list[int] = []
@@ -144,7 +149,13 @@ class Borrower:
         self._lenders: dict[tuple[str, str], Borrowed] = {}
         """By worker and stream."""
         self._unreadable: dict[str, set[str]] = {}
-        """By stream: the workers that lend payloads that can't be read here now."""
+        """By stream whose payloads are asked for in the messages: the workers that lend what can't be read here."""
+
+    def expect(self, prefix: str) -> None:
+        """Ask for payloads in the messages, before a stream is subscribed to, until a worker has admitted us."""
+        stream = prefix.partition("/")[2].removesuffix("/")
+        if stream and prefix == datagrams_topic(stream):
+            self._want_inline(stream)
 
     def borrow(self, envelope: Envelope, body: Datagrams, size: int) -> Part:
         """Return the payload of a message that lends it. MessageError when it can't be read here."""
@@ -164,10 +175,12 @@ class Borrower:
         if borrowed is None:
             return
         borrowed.passed(body.loan)
-        if envelope.sender in self._unreadable.get(body.stream, ()) and borrowed.admitted:
-            self._unreadable[body.stream].discard(envelope.sender)
-            if not self._unreadable[body.stream]:
-                self._unsubscribe(inline_topic(body.stream))
+        unreadable = self._unreadable.get(body.stream)
+        if unreadable is not None and borrowed.admitted:
+            unreadable.discard(envelope.sender)
+            asked = [lender for (_, stream), lender in self._lenders.items() if stream == body.stream]
+            if not unreadable and all(lender.answered for lender in asked):
+                self._have_lent(body.stream)
 
     def _lender(self, envelope: Envelope, stream: str) -> Borrowed | None:
         """Return the loans of the very worker that sent a message, not of its predecessor or successor."""
@@ -187,13 +200,18 @@ class Borrower:
         else:
             self._lenders[envelope.sender, stream] = borrowed
 
-    def _want_inline(self, stream: str, worker: str) -> None:
-        """Ask for a stream's payloads in the messages, until what a worker lends can be read here."""
-        unreadable = self._unreadable.setdefault(stream, set())
-        if not unreadable:
+    def _want_inline(self, stream: str, *workers: str) -> None:
+        """Ask for a stream's payloads in the messages, until what these workers lend can be read here."""
+        if stream not in self._unreadable:
+            self._unreadable[stream] = set()
             self._subscribe(inline_topic(stream))
-        if len(unreadable) < MAX_UNREADABLE:
-            unreadable.add(worker)
+        if len(self._unreadable[stream]) < MAX_UNREADABLE:
+            self._unreadable[stream].update(workers)
+
+    def _have_lent(self, stream: str) -> None:
+        """Ask for a stream's payloads in the messages no more."""
+        del self._unreadable[stream]
+        self._unsubscribe(inline_topic(stream))
 
     def keep_streams(self, prefixes: Iterable[str]) -> None:
         """Borrow only from streams with a topic of these prefixes: without their messages no loan is given back."""
@@ -201,6 +219,9 @@ class Borrower:
         for key in list(self._lenders):
             if not datagrams_topic(key[1]).startswith(kept):
                 self._lenders.pop(key).close()
+        for stream in list(self._unreadable):
+            if not datagrams_topic(stream).startswith(kept):
+                self._have_lent(stream)
 
     def close(self) -> None:
         """Borrow no more."""

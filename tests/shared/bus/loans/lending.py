@@ -13,9 +13,10 @@ import pytest
 import shared.bus.loans.lender
 from services.ingest.batch_publisher import StreamFeed
 from shared.bus.loans.lender import CHUNK, GRACE_SECONDS, Lender, Pool, pool_path
+from shared.bus.messages import inline_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.datagrams.batch import DatagramBatch
-from tests.builders import BusEnds, make_batch, take_mark
+from tests.builders import BusEnds, make_batch, take_mark, wait_unwanted
 
 
 class Lending:
@@ -88,11 +89,13 @@ class LendingWorker(Lending):
         self._clock.pass_grace()
 
     def admit(self, *subscribers: Subscriber) -> None:
-        """Let these subscribers meet a mark, and borrow from now on."""
-        self.greet()
-        for subscriber in subscribers:
-            take_mark(subscriber)
-        self.turn()
+        """Let these subscribers meet a mark, and borrow from now on: by the next one they know that they may."""
+        for _ in range(2):
+            self.greet()
+            for subscriber in subscribers:
+                take_mark(subscriber)
+            self.turn()
+        wait_unwanted(self.publisher, inline_topic("messages"))
 
     def publish(self, payloads: Sequence[bytes], stride: int = 0) -> bool:
         """Publish a batch as a receiver would; return whether it was lent."""

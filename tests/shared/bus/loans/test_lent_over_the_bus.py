@@ -134,8 +134,8 @@ def test_nothing_is_lent_while_somebody_new_may_not_have_borrowed(stack: Stack, 
     with lending(stack, pool_clock) as (bus, worker, first):
         assert worker.publish(large(0))
         assert payloads_of([take(first)]) == large(0)
-        late = bus.subscriber(TOPIC)
-        wait_until(lambda: TOPIC in worker.publisher.new_subscriptions(), "the late one is seen")
+        late = bus.subscriber("datagrams/")
+        wait_until(lambda: "datagrams/" in worker.publisher.new_subscriptions(), "the late one is seen")
         worker.feed.mark(0)
         assert not worker.publish(large(1))
         for subscriber in (first, late):
@@ -148,14 +148,43 @@ def test_nothing_is_lent_while_somebody_new_may_not_have_borrowed(stack: Stack, 
         assert (first.rejected, late.rejected) == ({}, {})
 
 
+def test_new_subscriber_of_a_stream_has_payloads_sent_until_it_borrows(stack: Stack, pool_clock: PoolClock) -> None:
+    """It misses nothing, however late it reads the first mark, though others borrow; then payloads are lent to both."""
+    with lending(stack, pool_clock) as (bus, worker, first):
+        assert worker.publish(large(0))
+        late = bus.subscriber(TOPIC)
+        wait_until(lambda: TOPIC in worker.publisher.new_subscriptions(), "the late one is seen")
+        worker.greet()
+        assert not worker.publish(large(1))
+        assert payloads_of([take(first), take(first), take(first)]) == large(0) + large(1)
+        take_mark(late)
+        assert payloads_of([take(late)]) == large(1)
+        worker.admit(first, late)
+        assert worker.publish(large(2))
+        assert [payloads_of([take(each)]) for each in (first, late)] == [large(2)] * 2
+        assert (first.rejected, late.rejected) == ({}, {})
+
+
+def test_what_is_unsubscribed_before_it_is_lent_is_lent_to_others(stack: Stack, pool_clock: PoolClock) -> None:
+    """A subscriber that leaves a stream before it has borrowed asks for its payloads in messages no more."""
+    with lending(stack, pool_clock) as (bus, worker, first):
+        fickle = bus.subscriber(TOPIC)
+        wait_wanted(worker.publisher, inline_topic("messages"))
+        fickle.unsubscribe(TOPIC)
+        wait_unwanted(worker.publisher, inline_topic("messages"))
+        pool_clock.pass_grace()
+        assert worker.publish(large(0))
+        assert payloads_of([take(first)]) == large(0)
+
+
 def test_loan_that_can_not_be_read_is_missed(stack: Stack, pool_clock: PoolClock) -> None:
     """A loan from before a subscriber borrowed is rejected as `not_borrowed`, shows as missed, and is the last one.
 
     Until it can borrow payloads come in messages, and then they are lent again.
     """
     with lending(stack, pool_clock) as (bus, worker, first):
-        late, continuity = bus.subscriber(TOPIC), Continuity()
-        wait_until(lambda: TOPIC in worker.publisher.new_subscriptions(), "the late one is seen")
+        late, continuity = bus.subscriber("datagrams/"), Continuity()
+        wait_until(lambda: "datagrams/" in worker.publisher.new_subscriptions(), "the late one is seen")
         worker.greet()
         take_mark(first)
         for number in range(2):
