@@ -225,7 +225,8 @@ class OffloadService:
             kind, _, stream = what.partition("/")
             if kind == "stream":
                 marked[stream.rpartition("/")[0]] += count
-        if self._marks.note(marked, self._workers.marks_read(), self._workers.reporting):
+        workers = self._workers
+        if self._marks.note(marked, workers.marks_read(), workers.received(), workers.reporting):
             self._dirty = True
             if self._marks.reason:
                 log.error("the kernel makes no copies", reason=self._marks.reason)

@@ -1,7 +1,10 @@
 """Faults around copies by the kernel: each process killed, rules flushed, a next hop that moves, links that go."""
 
+import itertools
+import math
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -11,9 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from services.offload.planning.mark_watch import UNREAD_SECONDS
+from services.offload.planning.workers import SILENT_SECONDS
+from shared.bus.messages import status_topic
+from tests.builders import BusEnds, accounts_when
 from tests.network import End, veth
 from tests.openly import OpenStack
-from tests.services.offload.site import RELAY, SIEMS
+from tests.services.offload.site import PORT, RELAY, SIEMS
 from tests.stack import wait_until
 from tests.system.offload_relay import Counted, Exporting, Relay, relay
 from tests.traffic import pause
@@ -22,6 +29,17 @@ pytestmark = pytest.mark.usefixtures("lab")
 LATE_SECONDS = 5.0
 """Copies go on within one second, where the machine is not busy with other tests: see what the test prints."""
 MOVED = "02:00:00:00:77:01"
+NO_COPIES = "the kernel makes no copies"
+REPORTS = 3 * math.ceil(SILENT_SECONDS + UNREAD_SECONDS)
+"""Of another worker, each second: far more than pass before a worker is given up and its marks are missed."""
+TAKES_MARKS = """
+table netdev thief {
+    chain in {
+        type filter hook ingress device "in" priority 10
+        meta mark set 0
+    }
+}
+"""
 
 
 class Fault:
@@ -81,6 +99,60 @@ def kill_applier(site: Relay) -> None:
     pid = site.stack["offload"].process.pid
     (applier,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     os.kill(int(applier), signal.SIGKILL)
+
+
+def reports_of(bus: BusEnds, worker: str) -> Callable[[], int]:
+    """Return how often a worker has reported since now."""
+    subscriber, count = bus.subscriber(status_topic(worker)), 0
+
+    def counted() -> int:
+        nonlocal count
+        while subscriber.receive():
+            count += 1
+        return count
+
+    return counted
+
+
+def test_a_worker_that_stands_still_is_not_taken_for_a_program_that_takes_marks_away(open_stack: OpenStack) -> None:
+    """Exporters are pinned to it: nobody reads their marks, nor anything else of them. The kernel goes on copying."""
+    with relay(open_stack, "original") as (site, _, came), ExitStack() as opened, BusEnds(open_stack.bus) as bus:
+        with site.site.relay.entered():
+            open_stack.start("ingest.2")
+        site.register()
+        exporter, sent = (
+            opened.enter_context(site.site.exporter.socket(socket.AF_INET, socket.SOCK_DGRAM)),
+            itertools.count(),
+        )
+
+        def export() -> int:
+            return exporter.sendto(next(sent).to_bytes(4), (RELAY[4], PORT))
+
+        wait_until(lambda: (export(), site.copied())[1] > 0, "the kernel copies")
+        holders = {
+            name: accounts_when(bus, name, lambda _: True)["stream/netflow"].get("received", 0)
+            for name in ("ingest.1", "ingest.2")
+        }
+        holder, other = sorted(holders, key=lambda name: -holders[name])
+        assert holders[other] == 0
+        process = open_stack[holder.removesuffix(".1")].process
+        process.send_signal(signal.SIGSTOP)
+        opened.callback(process.send_signal, signal.SIGCONT)
+        reports, offload = reports_of(bus, other), open_stack["offload"]
+        wait_until(
+            lambda: (export(), reports() > REPORTS)[1] or offload.events(NO_COPIES), lambda: f"{other} has reported"
+        )
+        assert not offload.events(NO_COPIES)
+        copied = site.copied()
+        wait_until(lambda: (export(), site.copied())[1] > copied, "the kernel goes on copying")
+        process.send_signal(signal.SIGCONT)
+        copies = next(sent)
+        wait_until(lambda: len(came.came) == copies, lambda: f"{copies} copies come, not {len(came.came)}")
+        assert came.came.total() == copies
+        site.site.relay.run("nft", "-f", "-", text=TAKES_MARKS)
+        wait_until(lambda: (export(), offload.events(NO_COPIES))[1], "marks that are taken away are noticed")
+        assert "takes the marks of stream netflow away" in offload.events(NO_COPIES)[0]["reason"]
+        site.site.relay.run("nft", "delete", "table", "netdev", "thief")
 
 
 def test_faults_neither_double_nor_stop_copies(open_stack: OpenStack) -> None:

@@ -6,7 +6,15 @@ from typing import Final
 
 from shared.bus.messages import Envelope, Status
 from shared.bus.status import Report, Reports
-from shared.ledger.counters import BY_KERNEL_LATE, KERNEL_DROPPED, MARK_BLIND, MARK_SOCKETS, MARKS_READ, MARKS_UNREAD
+from shared.ledger.counters import (
+    BY_KERNEL_LATE,
+    KERNEL_DROPPED,
+    MARK_BLIND,
+    MARK_SOCKETS,
+    MARKS_READ,
+    MARKS_UNREAD,
+    RECEIVED,
+)
 
 STREAM: Final = "stream/"
 SILENT_SECONDS: Final = 3.5
@@ -25,6 +33,7 @@ class Workers:
         self._boots: dict[str, int] = {}
         self._read: dict[str, Counter[str]] = {}
         """By worker: the marks that it has read of each stream, or datagrams that the kernel has dropped."""
+        self._received: dict[str, Counter[str]] = {}
         self._steady_since = 0.0
         """The time at which a worker last began to report, also after a pause, or was given up."""
         self._blind: dict[str, bool] = {}
@@ -59,6 +68,7 @@ class Workers:
         self._read[report.service] = Counter(
             {stream: each.get(MARKS_READ, 0) + each.get(KERNEL_DROPPED, 0) for stream, each in read.items()}
         )
+        self._received[report.service] = Counter({stream: each.get(RECEIVED, 0) for stream, each in read.items()})
         own = report.accounts.get("ingest", {})
         unread = own.get(MARKS_UNREAD, 0)
         grown = unread > self._unread.get(report.service, unread)
@@ -74,6 +84,10 @@ class Workers:
     def marks_read(self) -> Counter[str]:
         """Return, by stream, the datagrams of all workers that came with a mark, or that the kernel has dropped."""
         return sum(self._read.values(), Counter())
+
+    def received(self) -> Counter[str]:
+        """Return, by stream, the datagrams that all workers have received, with a mark or without."""
+        return sum(self._received.values(), Counter())
 
     def expire(self) -> bool:
         """Forget processes that have ended; return whether `reason` has changed."""

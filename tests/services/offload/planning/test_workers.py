@@ -87,9 +87,10 @@ def test_marks_read_are_those_of_each_worker_as_it_told_last() -> None:
     """The sum over workers, by stream, with what the kernel has dropped; a restart begins anew."""
     reporting = Reporting()
     for name, boot, count in (("ingest.1", 1, 5), ("ingest.2", 1, 7), ("ingest.1", 2, 1)):
-        account = {"marks_read": count, "kernel_dropped": 1}
+        account = {"marks_read": count, "kernel_dropped": 1, "received": 10 * count}
         reporting.report(name, boot, accounts={"stream/syslog": account}, mark_sockets=2)
     assert reporting.workers.marks_read() == {"syslog": 10}
+    assert reporting.workers.received() == {"syslog": 80}
 
 
 def test_accounts_of_processes_that_have_ended_take_no_memory() -> None:
