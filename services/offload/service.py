@@ -87,9 +87,11 @@ class OffloadService:
         """Of counters, by what they count."""
         self._counted: Counter[str] = Counter()
         self._last: dict[int, int] = {}
-        """Counters as they were last read, by number: a table that was made anew begins at 0."""
+        """Counters as they were last read, by number: one that was removed meanwhile begins at 0."""
         self._planned = Planned({}, {})
         self._refused: Planned | None = None
+        self._refusal = ""
+        """The reason for which the last plan was refused, until one is not."""
         self._troubles: dict[Source, dict[tuple[str, int], Trouble | None]] = {}
         self._health = {source: Assembler[Health]() for source in SOURCES}
         self._dirty = True
@@ -285,6 +287,7 @@ class OffloadService:
     def _withdraw(self, seconds: float = ANSWER_SECONDS) -> None:
         """Take the rules away: the senders make all copies. The generations that were told of stay known to them."""
         if not self._applier.ask("apply", NO_COPIES, seconds).error:
+            self._count()
             self._handover.forget_live()
 
     def _tell(self) -> None:

@@ -47,6 +47,8 @@ class Table:
         self._streams: list[str] = []
         self._chains: Chains = {}
         self._counters: frozenset[str] = frozenset()
+        self._counted: Counters = {}
+        """Packets and bytes that counters had when the table was made anew: there they begin at 0."""
         self._replaced: list[_Replaced] = []
 
     def replace(self, plan: KernelPlan) -> None:
@@ -69,8 +71,12 @@ class Table:
             raise
 
     def counters(self) -> Counters:
-        """Return packets and bytes by a counter's name; none before the first plan."""
-        return self._connection.counters(TABLE) if self._there else {}
+        """Return packets and bytes by a counter's name since the first plan that has it; none before the first plan."""
+        counted = dict(self._counted)
+        for name, (packets, size) in self._connection.counters(TABLE).items() if self._there else ():
+            before = self._counted.get(name, (0, 0))
+            counted[name] = before[0] + packets, before[1] + size
+        return counted
 
     def _let_all_go_up(self) -> None:
         """Empty the chains of the interfaces, and wait until no packet is on its way by what they led to."""
@@ -84,6 +90,7 @@ class Table:
     def _make_anew(self, plan: KernelPlan) -> None:
         """Begin with an empty table."""
         batch, lead = Batch(TABLE), Batch(TABLE)
+        counted = self.counters()
         batch.add_table()  # so that there is one to delete, whatever has become of it
         if self._there:
             batch.delete_table()
@@ -92,6 +99,8 @@ class Table:
             lead.add_base_chain(_base_chain(place), interface, PRIORITY)
         renderer = self._render(batch, plan, {})
         self._connection.commit(batch)
+        known = renderer.counters.union(self._counters, *(each.counters for each in self._replaced))
+        self._counted = {name: count for name, count in counted.items() if name in known}
         self._replaced = []
         self._lead(lead, renderer, plan)
 

@@ -248,6 +248,28 @@ def test_copies_that_a_queue_drops_are_counted_by_link(open_stack: OpenStack) ->
         assert accounts["egress/out"]["link_drops"] == 0
 
 
+def test_last_report_has_all_that_the_rules_have_copied(open_stack: OpenStack) -> None:
+    """Copies between the last reading and the end of the rules are counted, too."""
+    with played(open_stack) as around, ExitStack() as opened:
+        _, socks, siem = serve_first(around, opened)
+        reports = around.bus.subscriber(status_topic("offload.1"))
+        take(reports)
+        for _ in range(50):
+            socks[0].sendto(b"late", (RELAY[4], PORT))
+        around.offload.stop()
+        told: dict[str, int] = {}
+
+        def is_told() -> bool:
+            while message := reports.receive():
+                assert isinstance(message.body, Status)
+                told.update(message.body.accounts["rules/first"])
+            return told["copied"] >= 50
+
+        came = len(list(siem.take()))
+        wait_until(is_told, lambda: f"{came} copies are told: {told}")
+        assert told["copied"] == came
+
+
 def test_next_hop_that_moves_is_followed(open_stack: OpenStack) -> None:
     """With another link address of the collector's host, or of a router, the rules are others at once."""
     with played(open_stack) as around, ExitStack() as opened:

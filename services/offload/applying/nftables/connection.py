@@ -47,6 +47,8 @@ class Nftables:
 
     def commit(self, batch: Batch) -> None:
         """Make the changes of a batch, all or none. OSError that names the first that the kernel refused."""
+        if not batch:
+            return  # the kernel would answer nothing
         data, about = batch.encode(self._sequence)
         first, last = self._sequence, self._sequence + len(about) - 2
         self._sequence = last + 2

@@ -60,6 +60,10 @@ class Batch:
     _messages: list[tuple[int, int, bytes, str]] = field(default_factory=list)
     """Kind, flags, attributes, and the words for what failed."""
 
+    def __bool__(self) -> bool:
+        """Return whether there is any change."""
+        return bool(self._messages)
+
     def _add(self, kind: int, flags: int, about: str, *attributes: bytes) -> None:
         self._messages.append((kind, flags, b"".join((text(1, self.table), *attributes)), about))
 

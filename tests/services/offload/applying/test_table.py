@@ -2,6 +2,7 @@
 
 import ipaddress
 import itertools
+import os
 import random
 import shutil
 import socket
@@ -15,13 +16,13 @@ import pytest
 from services.offload.applying.nftables.connection import Nftables
 from services.offload.applying.rules import Marks, Sources
 from services.offload.applying.table import Table
-from services.offload.kernel_plan import Listener
+from services.offload.kernel_plan import NO_COPIES, Listener
 from shared.datagrams.routing import shares_of
 from shared.datagrams.sampling import find_buckets, find_share
 from tests.builders import make_batch, make_client
 from tests.capture import Capture, Collector
 from tests.documents import block
-from tests.network import End
+from tests.network import End, Host
 from tests.services.offload.site import (
     EXPORTERS,
     MASK,
@@ -287,6 +288,41 @@ def test_trains_are_copied_whole_and_cut_where_they_leave() -> None:
         assert [each.payload for each in came if each.port == 9001] == sent
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_interface_that_puts_datagrams_together_loses_and_doubles_none(version: int) -> None:
+    """The kernel cuts such lists anew where they leave; the first datagram of each alone has the copy's hop limit."""
+    with OffloadSite(checksum_offload=True) as site, Capture(site.siem, "eth", partial=True) as wire:
+        for host, features in (
+            (site.relay, "in gro on rx-gro-list on"),
+            (site.exporter, "eth tx-udp-segmentation off"),
+        ):
+            set_features(host, *features.split())
+        set_features(site.relay, "out", "tx-udp-segmentation", "off", "tx-gso-list", "off")
+        relayed = site.copy(1, 9001, version, source=packed(OUT[version]), source_port=4000)
+        site.table.replace(site.plan([site.copy(0, 9000, version, hop_limit=9), relayed], version=version))
+        with exporters(site, version) as socks, Listening(site.relay, RELAY[version], PORT) as listener:
+            socks[0].setsockopt(socket.IPPROTO_UDP, 103, 100)  # UDP_SEGMENT: they come close together
+            sent = [bytes([number]) * 100 for number in range(16)]
+            socks[0].sendto(b"".join(sent), (RELAY[version], PORT))
+            assert [(each.payload, each.mark >> 20) for each in listener.read(16)] == [(payload, 7) for payload in sent]
+        came = wire.read(32)
+        for port, source in ((9000, EXPORTERS[version][0]), (9001, OUT[version])):
+            some = [each for each in came if each.port == port]
+            assert [(each.source, each.payload) for each in some] == [(source, payload) for payload in sent]
+        assert next(each for each in came if each.port == 9000).header.hop_limit == 9
+        wire.assert_quiet()
+
+
+def set_features(host: Host, *arguments: str) -> None:
+    """Set features of an interface, as a card or its driver has them."""
+    if shutil.which("ethtool", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
+        pytest.skip("ethtool is not installed")
+    try:
+        host.run("ethtool", "-K", *arguments)
+    except AssertionError as error:
+        pytest.skip(f"this kernel has no such feature: {error}")
+
+
 def test_plans_replace_each_other_at_one_moment_and_counters_go_on() -> None:
     """Under traffic, each datagram is copied by the old rules or the new ones, never by both or none."""
     with OffloadSite() as site, Collector(site.siem, SIEMS[4][0], 9000) as siem, exporters(site) as socks:
@@ -302,6 +338,22 @@ def test_plans_replace_each_other_at_one_moment_and_counters_go_on() -> None:
         assert [each.payload for each in siem.read(100)] == [str(number).encode() for number in range(100)]
         siem.assert_quiet()
         assert {packets for packets, _ in site.table.counters().values()} == {100}
+
+
+def test_counters_go_on_where_the_table_is_made_anew() -> None:
+    """Other interfaces, or none, make it anew: nothing that was counted before is lost, though nobody has read it."""
+    with OffloadSite() as site, Collector(site.siem, SIEMS[4][0], 9000) as siem, exporters(site) as socks:
+        plan = site.plan([site.copy(0, 9000)])
+        for interfaces in (("in",), ("in", "out"), ("in",)):
+            site.table.replace(msgspec.structs.replace(plan, interfaces=interfaces))
+            for sock in socks:
+                sock.sendto(b"copied", (RELAY[4], PORT))
+            siem.read(len(socks))
+            site.table.replace(NO_COPIES)
+            site.table.replace(NO_COPIES)
+        assert {packets for packets, _ in site.table.counters().values()} == {3 * len(socks)}
+        site.table.replace(site.plan([site.copy(1, 9001)]))
+        assert set(site.table.counters()) == {"c101", "c4"}
 
 
 def test_map_leads_to_its_copies_from_the_first_moment_to_the_last() -> None:
