@@ -12,11 +12,12 @@ from services.offload.planning.applier_link import ANSWER_SECONDS, ApplierLink
 from services.offload.planning.egress_drops import EgressDrops
 from services.offload.planning.handover import Handover
 from services.offload.planning.mark_watch import MarkWatch
+from services.offload.planning.paths import paths_of
 from services.offload.planning.planner import Limits, Place, Planned, Served, kernel_plan, make_plan
 from services.offload.planning.surroundings import Surroundings
 from services.offload.planning.workers import Workers
 from shared.bus.bodies.health_message import Health
-from shared.bus.bodies.offload_messages import PATHS_TOPIC, CollectorPath, OffloadPaths, OffloadReply, Way
+from shared.bus.bodies.offload_messages import PATHS_TOPIC, OffloadPaths, OffloadReply
 from shared.bus.bodies.packing import pack
 from shared.bus.connection import BusConnection
 from shared.bus.messages import (
@@ -54,8 +55,6 @@ LOOK_SECONDS: Final = 0.25
 TICK_SECONDS: Final = 1.0
 KNOWN_SECONDS: Final = 5.0
 """A sender that does not answer for so long is told again, of a new plan."""
-BEING_TOLD: Final = "its sender is being told of it"
-"""The reason of a collector that the plan serves and the rules do not yet."""
 FAILED_SECONDS: Final = 2.0
 """A plan that the kernel or the settings have refused is tried again after this time."""
 
@@ -278,11 +277,12 @@ class OffloadService:
         if answer.error and not self._applier.ended:
             self._plans_refused += 1
             log.error("a plan of the kernel's rules was refused", reason=answer.error)
-            self._refused, self._refused_at = planned, time.monotonic()
+            self._refused, self._refused_at, self._refusal = planned, time.monotonic(), answer.error
             if not self._handover.give_up():
                 self._withdraw()
         elif not answer.error:
             self._handover.complete()
+            self._refusal = ""
 
     def _withdraw(self, seconds: float = ANSWER_SECONDS) -> None:
         """Take the rules away: the senders make all copies. The generations that were told of stay known to them."""
@@ -303,18 +303,8 @@ class OffloadService:
         """Publish the way of each collector, to those who ask for it."""
         if self._surroundings is None or not self._publisher.wanted(PATHS_TOPIC):
             return
-        served, leaves_as_packets = self._served, self._surroundings.leaves_as_packets
-        told: list[CollectorPath] = []
-        for client in (client for client in self._replica.clients.values() if client.streams):
-            way: Way = "frames"
-            if client.name in served:
-                way = "kernel"
-            elif client.source == "relay":
-                way = "relay"
-            elif leaves_as_packets(client.address):
-                way = "packets"
-            reason = "" if way == "kernel" else self._planned.reasons.get(client.name, BEING_TOLD)
-            told.append(CollectorPath(client.name, way, reason))
+        clients, as_packets = self._replica.clients.values(), self._surroundings.leaves_as_packets
+        told = paths_of(clients, self._served, self._planned.reasons, self._refusal, as_packets)
         pieces = cut(told, lambda path: len(pack(path)))
         self._paths_told += 1
         for number, piece in enumerate(pieces):

@@ -58,12 +58,15 @@ Way = Literal["kernel", "frames", "packets", "relay"]
 forwarder."""
 
 
+MAX_REASON: Final = 200
+
+
 class CollectorPath(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The way of a collector's copies, and the reason why the kernel does not make them; empty: it does."""
 
     name: Annotated[str, Meta(min_length=1, max_length=255)]
     way: Way
-    reason: Annotated[str, Meta(max_length=200)] = ""
+    reason: Annotated[str, Meta(max_length=MAX_REASON)] = ""
 
 
 class OffloadPaths(msgspec.Struct, array_like=True, frozen=True):

@@ -373,6 +373,10 @@ def test_killed_planner_leaves_no_rules(open_stack: OpenStack) -> None:
             around.offload = around.stack.start("offload")
         around.gateway.announce(2, original("first", 0, 6))
         wait_until(around.is_refused, "the table is found to be another's")
+        owned = "table: Operation not permitted: the table fanwire belongs to another process, such as a second fanwire"
+        path = CollectorPath("first", "frames", f"the rules with it were refused: {owned}")
+        paths = around.bus.subscriber(PATHS_TOPIC)
+        wait_until(lambda: (around.is_refused(), told_paths(paths) == [path])[1], lambda: f"the reason is told: {path}")
         site.connection.close()
         assert around.wait_marked(listener, socks[0], {"first"}, 6) != before
         assert siem.read(1)
