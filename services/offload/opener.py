@@ -59,9 +59,9 @@ def open_and_exec(arguments: Sequence[str]) -> int:
         if wanted and not reason:
             relinquish(user, keep=1 << CAP_NET_ADMIN)
             user = None  # by now it is that user
-            channel = _start_applier(arguments, environment)
+            channel, process = _start_applier(arguments, environment)
             kept.add(channel)
-            inherited = str(channel)
+            inherited = f"{channel}:{process}"
         relinquish(user)
         hand_on_only(kept)
         command = [sys.executable, "-I", str(PROGRAM), "--inherited", inherited, *arguments]
@@ -75,12 +75,12 @@ def _names_interfaces(settings: Mapping[str, Any]) -> bool:
     return isinstance(section, dict) and bool(section.get("interfaces"))
 
 
-def _start_applier(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Start the applier, with one end of a socket pair and no other descriptor; return the other end."""
+def _start_applier(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[int, int]:
+    """Start the applier, with one end of a socket pair and no other descriptor; return the other end, and its pid."""
     ours, theirs = socket.socketpair()
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # before the first request: each tells who has sent it
     hand_on_only({0, 1, 2, theirs.fileno()})
     command = [sys.executable, "-I", str(PROGRAM), "--applier", str(theirs.fileno()), *arguments]
-    os.posix_spawn(sys.executable, command, environment)
+    process = os.posix_spawn(sys.executable, command, environment)
     theirs.close()
-    return ours.detach()
+    return ours.detach(), process

@@ -35,30 +35,30 @@ def _check(settings: Settings) -> None:
 
 
 def _serve(arguments: argparse.Namespace, settings: Settings, lifecycle: Lifecycle) -> None:
-    channel, reason = adopt(arguments.inherited)
+    link = adopt(arguments.inherited)
     if held := [name for name in SETS if int(own_status()[name], 16)]:
         raise PermissionError(errno.EPERM, f"it still holds capabilities: {', '.join(held)}", "offload refuses to run")
     name = worker_name("offload")
     if not settings.offload.interfaces:
         stay_up(name, lifecycle)
         return
-    if reason:
-        log.warning(reason)
-    link = ApplierLink(channel, reason)
+    if link.reason:
+        log.warning(link.reason)
     with OffloadService(name, settings, link, applier_required=arguments.require_privilege) as service:
         service.run(lifecycle)
 
 
-def adopt(text: str) -> tuple[socket.socket | None, str]:
+def adopt(text: str) -> ApplierLink:
     """Take over the opener's end of the socket pair, by the value of `--inherited`; or the reason why there is none.
 
-    >>> adopt("none:no CAP_NET_ADMIN")
-    (None, 'no CAP_NET_ADMIN')
+    >>> adopt("none:no CAP_NET_ADMIN").reason
+    'no CAP_NET_ADMIN'
     """
     if text.startswith(NOT_WANTED):
-        return None, text.removeprefix(NOT_WANTED)
+        return ApplierLink(None, text.removeprefix(NOT_WANTED))
     try:
-        channel = socket.socket(fileno=int(text))
+        descriptor, process = map(int, text.split(":"))
+        channel = socket.socket(fileno=descriptor)
         if (channel.family, channel.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
             channel.close()
             raise ValueError(text)
@@ -66,4 +66,4 @@ def adopt(text: str) -> tuple[socket.socket | None, str]:
         reason = "--inherited is for the opener only, and does not name its socket; leave it out"
         raise PermissionError(errno.EPERM, reason, "offload refuses to run") from None
     channel.set_inheritable(False)
-    return channel, ""
+    return ApplierLink(channel, "", process)

@@ -1,7 +1,10 @@
 """The planner's end of the socket pair to the applier, whose end is the end of the rules."""
 
 import itertools
+import os
+import signal
 import socket
+from contextlib import suppress
 from typing import Final
 
 from services.offload.channel import Answer, ClosedError, Request, RequestKind, UnfitError, receive, send
@@ -13,11 +16,15 @@ ENDED: Final = "the applier has ended, and its rules with it"
 
 
 class ApplierLink:
-    """Requests to the applier, and its answers. `channel` is None where there is no applier, for a `reason`."""
+    """Requests to the applier, and its answers. `channel` is None where there is no applier, for a `reason`.
 
-    def __init__(self, channel: socket.socket | None, reason: str) -> None:
+    `process` is the applier's pid; as a child of this process that nobody waits for it keeps it beyond its end.
+    """
+
+    def __init__(self, channel: socket.socket | None, reason: str, process: int = 0) -> None:
         self.channel = channel
         self.reason = reason
+        self._process = process
         self._numbers = itertools.count(1)
 
     def ask(self, kind: RequestKind, plan: KernelPlan | None = None, seconds: float = ANSWER_SECONDS) -> Answer:
@@ -50,8 +57,11 @@ class ApplierLink:
         return self.channel is None
 
     def _end(self, cause: str) -> None:
-        """Close the channel: an applier that is still there ends by that, and its rules with it."""
+        """Close the channel, and end an applier that is still there: one that stands still would keep its rules."""
         self.close()
+        if self._process:
+            with suppress(ProcessLookupError):
+                os.kill(self._process, signal.SIGKILL)
         self.reason = f"{ENDED} ({cause})"
 
     def close(self) -> None:

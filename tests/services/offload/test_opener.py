@@ -79,13 +79,13 @@ def test_without_privilege_it_says_what_is_missing(open_stack: OpenStack) -> Non
     assert asked.process.wait(PATIENCE_SECONDS) == NOT_PERMITTED
 
 
-@pytest.mark.parametrize("text", ["", "x", "-1", "1048577", "9" * 30])
+@pytest.mark.parametrize("text", ["", "x", "7", "-1:1", "1048577:1", "9" * 30 + ":1", "7:1:1"])
 def test_only_the_opener_hands_a_channel_on(text: str) -> None:
     """A value that names no socket of the opener's ends the start."""
     with pytest.raises(PermissionError, match="--inherited is for the opener only, and does not name its socket"):
         adopt(text)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, pytest.raises(PermissionError):
-        adopt(str(os.dup(other.fileno())))
+        adopt(f"{os.dup(other.fileno())}:1")
 
 
 @pytest.mark.parametrize("module", ["__init__", "__main__", "opener"])

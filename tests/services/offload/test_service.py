@@ -155,6 +155,11 @@ def serve_first(around: Played, opened: ExitStack) -> tuple[Listening, list[sock
     return listener, socks, first
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has as children."""
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def original(name: str, number: int, version: int = 4, **more: object) -> Client:
     """A collector of copies with the exporter's address."""
     return make_client(
@@ -290,15 +295,27 @@ def test_next_hop_that_moves_is_followed(open_stack: OpenStack) -> None:
         wait_until(lambda: around.marked(listener, socks[0]) == 0, "nobody is served by a link that is down")
 
 
+def test_applier_that_stands_still_is_ended_with_its_rules(open_stack: OpenStack) -> None:
+    """Rules that nobody can change would go on copying for collectors that have left: the planner ends it."""
+    with played(open_stack) as around, ExitStack() as opened:
+        listener, socks, siem = serve_first(around, opened)
+        (applier,) = children(around.offload.process.pid)
+        os.kill(applier, signal.SIGSTOP)
+        around.gateway.change(2, left=["first"])
+        around.offload.wait_for("the applier has ended, and its rules with it (TimeoutError); start offload again")
+        wait_until(lambda: around.marked(listener, socks[0]) == 0, "the rules are gone")
+        list(siem.take())
+        siem.assert_quiet()
+
+
 @pytest.mark.parametrize("required", [False, True])
 def test_killed_applier_takes_its_rules_along(open_stack: OpenStack, required: bool) -> None:
     """The planner goes on without it and says so; where an applier is required it ends, for a supervisor's sake."""
     arguments = ("--require-privilege",) if required else ()
     with played(open_stack, *arguments) as around, ExitStack() as opened:
         listener, socks, siem = serve_first(around, opened)
-        pid = around.offload.process.pid
-        (applier,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        os.kill(int(applier), signal.SIGKILL)
+        (applier,) = children(around.offload.process.pid)
+        os.kill(applier, signal.SIGKILL)
         wait_until(lambda: around.marked(listener, socks[0]) == 0, "the rules are gone")
         list(siem.take())
         siem.assert_quiet()
