@@ -212,7 +212,7 @@ class OffloadService:
         self._dirty |= surroundings.apply_events()
         if now >= self._tick_at:
             self._tick_at = next_tick(now, TICK_SECONDS)
-            surroundings.refresh()
+            self._dirty |= surroundings.refresh()
             self._handover.expire()
             self._memory.measure()
             self._dirty |= self._workers.expire()

@@ -163,11 +163,15 @@ class Netlink:
         """Return every link."""
         return self._ask(ifinfmsg(), RTM_GETLINK, _link, NLM_F_DUMP)
 
-    def route(self, address: str) -> Route | None:
-        """Return the route to an address, as the kernel would choose it; None when there is none."""
+    def route(self, address: str, source: str = "") -> Route | None:
+        """Return the route to an address, as the kernel would choose it; None when there is none.
+
+        With `source`, an address of this host, it is that of datagrams from there: rules may give them another one.
+        """
         question = rtmsg()
-        question["family"], question["dst_len"] = _family(address), 128 if ":" in address else 32
-        question["attrs"] = [("RTA_DST", address)]
+        bits = 128 if ":" in address else 32
+        question["family"], question["dst_len"], question["src_len"] = _family(address), bits, bits if source else 0
+        question["attrs"] = [("RTA_DST", address), *([("RTA_SRC", source)] if source else [])]
         answers = self._ask(question, RTM_GETROUTE, lambda answer: _route(answer, address))
         return answers[0] if answers else None
 

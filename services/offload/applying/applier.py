@@ -14,12 +14,12 @@ from typing import Final
 import msgspec
 
 from services.offload.applying.nftables.connection import Nftables
-from services.offload.applying.own_addresses import OwnAddresses
 from services.offload.applying.policy import Policy, RefusedError, sources_of
 from services.offload.applying.rules import Marks
 from services.offload.applying.table import Table
 from services.offload.channel import Answer, ClosedError, Request, UnfitError, name_error, receive, send
 from services.offload.kernel_plan import KernelPlan
+from services.offload.kernel_routes import KernelRoutes
 from shared.log import get_logger
 from shared.process.lifecycle import configure_logging, service_parser
 from shared.process.privileges import CAP_NET_ADMIN, relinquish
@@ -45,8 +45,8 @@ class Applier:
         self._connection = Nftables()
         offload = settings.offload
         self._table = Table(self._connection, Marks(offload.mark_mask, offload.mark_shift), sources_of(settings))
-        self._own_addresses = OwnAddresses()
-        self._policy = Policy(settings, self._own_addresses.among)
+        self._routes = KernelRoutes()
+        self._policy = Policy(settings, self._routes.own_among, self._routes.frames_to)
 
     def serve(self) -> int:
         """Answer requests until the planner ends; return the exit code."""
@@ -63,7 +63,7 @@ class Applier:
     def close(self) -> None:
         """Close the connections to the kernel: the rules are gone."""
         self._connection.close()
-        self._own_addresses.close()
+        self._routes.close()
 
     def _answer(self, request: Request) -> Answer:
         try:
@@ -96,7 +96,7 @@ class Applier:
         except SettingsError as error:
             raise RefusedError(str(error)) from None
         self._settings = msgspec.structs.replace(self._settings, streams=fresh.streams)
-        self._policy = Policy(self._settings, self._own_addresses.among)
+        self._policy = Policy(self._settings, self._routes.own_among, self._routes.frames_to)
 
 
 def main(arguments: Sequence[str]) -> int:

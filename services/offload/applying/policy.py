@@ -1,11 +1,12 @@
 """The applier's own check of a plan against the settings: what the planner may not ask for, whoever it is by now."""
 
 import socket
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final
 
 from services.offload.applying.rules import Sources
 from services.offload.kernel_plan import MAX_SHARED, Copy, KernelPlan, Prefix, StreamCopies, count_shared
+from services.offload.kernel_routes import Frame, Pair
 from services.offload.source_classes import MAX_RENDERED, TooManyError, divide
 from shared.net.addresses import V4_MAPPED, is_inside, pack_network
 from shared.settings.model import Settings
@@ -23,20 +24,29 @@ class RefusedError(ValueError):
 
 
 class Policy:
-    """The bounds of the settings. `ours_among` returns those of some addresses that are this host's."""
+    """The bounds of the settings.
 
-    def __init__(self, settings: Settings, ours_among: Callable[[Iterable[bytes]], Collection[bytes]]) -> None:
+    `ours_among` returns those of some addresses that are this host's, `frames_to` the frames to some from others.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        ours_among: Callable[[Iterable[bytes]], Collection[bytes]],
+        frames_to: Callable[[Iterable[Pair]], Mapping[Pair, Frame]],
+    ) -> None:
         self._interfaces = frozenset(settings.offload.interfaces)
         self._destinations = settings.offload.destinations
         self._original = settings.transmitter.destinations
         streams = [stream for stream in settings.streams if stream.offload]
-        self._ports = frozenset(
-            endpoint.port for stream in streams for endpoint in stream.endpoints if endpoint.scheme == "udp"
-        )
-        self._streams = frozenset(stream.name for stream in streams)
+        self._ports = {
+            stream.name: {endpoint.port for endpoint in stream.endpoints if endpoint.scheme == "udp"}
+            for stream in streams
+        }
         self._generations = settings.offload.generations
         self._unseen = frozenset(settings.offload.unseen)
         self._ours_among = ours_among
+        self._frames_to = frames_to
 
     def check(self, plan: KernelPlan) -> None:
         """Raise RefusedError unless every part of the plan is allowed."""
@@ -45,15 +55,25 @@ class Policy:
                 raise RefusedError(f"interface {interface} is not in [offload] interfaces")
         for copy in plan.copies:
             self._check_copy(copy)
-        sources = {copy.source for copy in plan.copies if copy.source}
-        ours = self._ours_among(sources | {copy.address for copy in plan.copies})
-        for source in sources.difference(ours):
-            raise RefusedError(f"source {_text(source)} is not an address of this host")
-        for copy in plan.copies:
-            if copy.address in ours:
-                raise RefusedError(f"destination {_text(copy.address)} is an address of this host")
         for stream in plan.streams:
             self._check_stream(stream, plan)
+        self._check_addresses(plan)
+
+    def _check_addresses(self, plan: KernelPlan) -> None:
+        """Only what comes to this host is copied, and only what leaves it is a copy."""
+        sources = {copy.source for copy in plan.copies if copy.source}
+        listeners = {listener.address for stream in plan.streams for listener in stream.listeners}
+        destinations = {copy.address for copy in plan.copies}
+        ours = self._ours_among(sources | listeners | destinations)
+        for kind, others in (("source", sources.difference(ours)), ("listener", listeners.difference(ours))):
+            for address in others:
+                raise RefusedError(f"{kind} {_text(address)} is not an address of this host")
+        for address in destinations.intersection(ours):
+            raise RefusedError(f"destination {_text(address)} is an address of this host")
+        frames = self._frames_to({(copy.address, copy.source) for copy in plan.copies})
+        for copy in plan.copies:
+            if frames.get((copy.address, copy.source)) != (copy.link_index, copy.next_hop, copy.link_address):
+                raise RefusedError(f"copies to {_text(copy.address)} do not go the way of the kernel's routes")
 
     def _check_copy(self, copy: Copy) -> None:
         if len(copy.address) not in (4, 16) or len(copy.source) not in (0, len(copy.address)):
@@ -72,7 +92,7 @@ class Policy:
                 raise RefusedError("a prefix of another IP version")
 
     def _check_stream(self, stream: StreamCopies, plan: KernelPlan) -> None:
-        if stream.name not in self._streams:
+        if stream.name not in self._ports:
             raise RefusedError(f"stream {stream.name} is not in the settings, or kept from offload")
         if stream.unseen and stream.name not in self._unseen:
             raise RefusedError(f"stream {stream.name} is not in [offload] unseen")
@@ -80,8 +100,10 @@ class Policy:
             raise RefusedError(f"generation {stream.generation} is not within [offload] mark_mask")
         length = len(stream.listeners[0].address)
         for listener in stream.listeners:
-            if listener.port not in self._ports or len(listener.address) != length or length not in (4, 16):
-                raise RefusedError(f"port {listener.port} is not one of a udp:// listener")
+            if len(listener.address) != length or length not in (4, 16):
+                raise RefusedError(f"listeners with addresses of {length} and {len(listener.address)} bytes")
+            if listener.port not in self._ports[stream.name]:
+                raise RefusedError(f"port {listener.port} is not one of a udp:// listener of stream {stream.name}")
         if any(place >= len(plan.copies) or len(plan.copies[place].address) != length for place in stream.copies):
             raise RefusedError("copies that the plan has not")
         filtered = {place: plan.copies[place].prefixes for place in stream.copies if plan.copies[place].prefixes}

@@ -71,14 +71,15 @@ class Facts:
     """The facts that a plan is made of, beside the registry: all of it may change at any moment.
 
     `listeners` has the UDP addresses and ports of each stream at which datagrams of other hosts come. `way_to` finds
-    the way to an address, or the reason why the kernel's copies have none. `relays` has, by collector's address and
+    the way to an address from one of this host's (empty: from an exporter's), or the reason why the kernel's copies
+    have none. `relays` has, by collector's address and
     port, the address and port that the forwarder sends from. `interfaces` are those of the settings that are there,
     with their MTU.
     """
 
     listeners: Mapping[str, Collection[Place]]
     interfaces: Mapping[str, int]
-    way_to: Callable[[str], Way | str]
+    way_to: Callable[[str, str], Way | str]
     relays: Mapping[Place, Place]
     troubled: Mapping[tuple[str, int], Trouble | None] = field(default_factory=dict)
 
@@ -226,7 +227,7 @@ def _serve(
     relay = facts.relays.get((client.address, client.port)) if client.source == "relay" else None
     if client.source == "relay" and relay is None:
         return "the forwarder has no socket for it"
-    way = facts.way_to(client.address)
+    way = facts.way_to(client.address, relay[0] if relay else "")
     if isinstance(way, str):
         return way
     copy = Copy(

@@ -3,13 +3,15 @@
 import ipaddress
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from typing import Final
 
+from services.offload.kernel_routes import KernelRoutes
 from services.offload.planning.planner import Facts, Place, Served, Way
 from shared.client import Trouble
 from shared.fanout.sending.next_hops import Egress, EgressKind, NextHops
+from shared.fanout.sending.route_scope import RouteScope
 from shared.ledger.counters import INTERFACE_DOWN
-from shared.net.multicast import is_multicast
 from shared.net.queues import Drops, Queues
 from shared.net.udp_sockets import udp_sockets
 from shared.settings.entries import Stream
@@ -19,6 +21,8 @@ from shared.settings.own_listeners import FollowedListeners
 SOON_SECONDS: Final = 0.25
 SETTLED_SECONDS: Final = 1.0
 """Between looks at the forwarder's sockets, of which nothing tells: while something is not settled, and else."""
+MTU_SECONDS: Final = 5.0
+"""Between questions for MTUs that routers on the way have told of, of which nothing tells either."""
 WITHOUT: Final = {INTERFACE_DOWN: "the link to it is down"}
 """Reasons by the cause for which there is no way; by any other there is no route."""
 
@@ -29,11 +33,15 @@ class Surroundings:
     def __init__(self, settings: Settings) -> None:
         self.next_hops = NextHops()
         self._queues = Queues()
-        self._ways: dict[str, Egress] = {}
+        self._ways: dict[tuple[str, str], Egress] = {}
+        """By address and source."""
         self._found_at = -1
-        self._own: list[str] = []
+        self._routes = None if self.next_hops.blind else KernelRoutes()
+        self._addresses: list[str] = []
+        self._own: set[str] = set()
+        """Addresses that this host takes datagrams in for: not one that another host turns out to have (RFC 4862)."""
         self._relays: dict[Place, Place] = {}
-        self._looked_at = 0.0
+        self._looked_at = self._mtus_at = 0.0
         self._connected: set[Place] = set()
         """Collectors to which a socket is connected now."""
         self._wanted = settings.offload.interfaces
@@ -48,12 +56,33 @@ class Surroundings:
         told = self.next_hops.apply_events() > 0
         return self._listeners.tick() or told or self._found_at != self.next_hops.version
 
-    def refresh(self) -> None:
-        """Get next hops confirmed, as the kernel does for its own traffic: copies by rules do not. Due every second."""
+    def refresh(self) -> bool:
+        """Do what the kernel does for its own traffic, and not for copies by rules; return whether ways have changed.
+
+        Next hops are confirmed, and an MTU is heeded that a router has told of. Due every second.
+        """
         for egress in self._ways.values():
             if egress.hop is not None:
                 egress.hop.used = True
         self.next_hops.refresh()
+        now = time.monotonic()
+        if self._routes is None or now < self._mtus_at:
+            return False
+        self._mtus_at, before = now + MTU_SECONDS, len(self._ways)
+        with suppress(OSError):
+            self._forget_other_mtus(self._routes)
+        return len(self._ways) < before
+
+    def _forget_other_mtus(self, routes: KernelRoutes) -> None:
+        """Forget ways behind a router that have another MTU by now."""
+        routed = {(_pack(to), _pack(source)): (to, source) for to, source in self._ways}
+        for pair, mtu in routes.mtus(pair for pair, way in routed.items() if self._is_routed(way)).items():
+            link = self._ways[routed[pair]].link
+            if link and self._ways[routed[pair]].mtu != min(mtu or link.mtu, link.mtu):
+                del self._ways[routed[pair]]
+
+    def _is_routed(self, way: tuple[str, str]) -> bool:
+        return self._ways[way].scope is RouteScope.ROUTED and self._ways[way].kind is EgressKind.FRAMES
 
     def sockets_changed(self, collectors: Collection[Place]) -> bool:
         """Return whether the forwarder's sockets are others than before, for collectors at these places.
@@ -87,29 +116,32 @@ class Surroundings:
         if self._found_at != self.next_hops.version:
             self._found_at = self.next_hops.version
             self._ways.clear()
-            own = self.next_hops.addresses()
-            self._own = [address for address in own if not ipaddress.ip_address(address).is_loopback]
+            self._addresses = self.next_hops.addresses()
+        listening = [address for places in self._listeners.places.values() for address, _ in places]
+        asked = {ipaddress.ip_address(each.partition("%")[0]) for each in (*self._addresses, *listening)}
+        packed = {each.packed: str(each) for each in asked}
+        with suppress(OSError):  # no answer: what was known is as good as anything
+            self._own = {packed[own] for own in self._routes.own_among(packed)} if self._routes else set()
         ethernet = [link for link in self.next_hops.links if link.ethernet]
         interfaces = {link.name: link.mtu for link in ethernet if link.name in self._wanted}
         listeners = {name: self._expanded(places) for name, places in self._listeners.places.items()}
-        return Facts(listeners, interfaces, self._way_to, self._relays, troubled)
+        # A socket keeps its address though this host has it no more, and can't send from there until it is back.
+        relays = {place: source for place, source in self._relays.items() if source[0] in self._own}
+        return Facts(listeners, interfaces, self._way_to, relays, troubled)
 
     def _expanded(self, places: list[Place]) -> set[Place]:
-        """Return the places with all of this host's addresses in the place of 0.0.0.0 and ::, which is dual-stack."""
+        """Return the places that other hosts reach; 0.0.0.0 and ::, which is dual-stack, are all of our addresses."""
         found: set[Place] = set()
         for scoped, port in places:
-            address = scoped.partition("%")[0]
-            ip = ipaddress.ip_address(address)
-            if not int(ip):
-                found |= {(own, port) for own in self._own if ip.version == 6 or ":" not in own}
-            elif not ip.is_loopback and not is_multicast(address):
-                found.add((address, port))
-        return found
+            ip = ipaddress.ip_address(scoped.partition("%")[0])
+            covered = [own for own in self._own if ip.version == 6 or ":" not in own]
+            found |= {(own, port) for own in covered if own == str(ip) or not int(ip)}
+        return {place for place in found if not ipaddress.ip_address(place[0]).is_loopback}
 
-    def _egress(self, address: str) -> Egress:
-        egress = self._ways.get(address)
+    def _egress(self, address: str, source: str = "") -> Egress:
+        egress = self._ways.get((address, source))
         if egress is None:
-            egress = self._ways[address] = self.next_hops.egress_to(address)
+            egress = self._ways[address, source] = self.next_hops.egress_to(address, source)
         return egress
 
     def leaves_as_packets(self, address: str) -> bool:
@@ -125,8 +157,8 @@ class Surroundings:
         used = {each.copy.link_index for each in served}
         return {link.index: link.name for link in self.next_hops.links if link.index in used}
 
-    def _way_to(self, address: str) -> Way | str:
-        egress = self._egress(address)
+    def _way_to(self, address: str, source: str) -> Way | str:
+        egress = self._egress(address, source)
         if egress.kind is EgressKind.NONE:
             return WITHOUT.get(egress.cause, "there is no route to it")
         if egress.kind is EgressKind.PACKETS or egress.link is None or egress.hop is None:
@@ -140,7 +172,13 @@ class Surroundings:
     def close(self) -> None:
         """Follow nothing more."""
         self.next_hops.close()
+        if self._routes is not None:
+            self._routes.close()
         self._queues.close()
+
+
+def _pack(address: str) -> bytes:
+    return ipaddress.ip_address(address).packed if address else b""
 
 
 def _offloaded(settings: Settings) -> list[Stream]:

@@ -167,17 +167,20 @@ class NextHops:
                 self._ask(hop)
             self._asked_seconds += time.monotonic() - began
 
-    def egress_to(self, address: str) -> Egress:
-        """Return the way to an address. It costs a question or two to the kernel: keep it until `version` grows."""
+    def egress_to(self, address: str, source: str = "") -> Egress:
+        """Return the way to an address. It costs a question or two to the kernel: keep it until `version` grows.
+
+        With `source`, an address of this host, it is the way from there, which rules may make another one (ip-rule(8)).
+        """
         began = time.monotonic()
-        egress = self._find(address)
+        egress = self._find(address, source)
         self._asked_seconds += time.monotonic() - began
         return egress
 
-    def _find(self, address: str) -> Egress:
+    def _find(self, address: str, source: str) -> Egress:
         if self._netlink is None:
             return _egress_unseen(address)
-        route = self._netlink.route(address)
+        route = self._netlink.route(address, source)
         if route is None or route.kind not in (RTN_UNICAST, RTN_LOCAL):
             return Egress(EgressKind.NONE, NO_ROUTE)
         link = self._links.get(route.link_index)

@@ -70,6 +70,8 @@ def served(tmp_path: Path) -> Iterator[tuple[OffloadSite, Served, Path]]:
     config = tmp_path / "offload.toml"
     config.write_text(SETTINGS)
     with OffloadSite() as site:
+        for address in SIEMS[4]:
+            site.relay.neighbour(address, site.siem_end.link_address, "out")
         applier = Served(site, config)
         try:
             yield site, applier, config
@@ -117,7 +119,8 @@ def test_it_follows_the_streams_of_its_own_settings(tmp_path: Path) -> None:
         other = tuple(msgspec.structs.replace(each, port=PORT + 1) for each in stream.listeners)
         plan = site.plan([site.copy(0, 9000)])
         plan = msgspec.structs.replace(plan, streams=(msgspec.structs.replace(stream, listeners=other),))
-        assert applier.ask("apply", plan).error == f"refused: port {PORT + 1} is not one of a udp:// listener"
+        unlisted = f"port {PORT + 1} is not one of a udp:// listener of stream netflow"
+        assert applier.ask("apply", plan).error == f"refused: {unlisted}"
         config.write_text("[offload")
         assert applier.ask("reload").error.startswith(f"refused: {config}: line 1: not TOML")
         config.write_text(SETTINGS.replace(f":{PORT}", f":{PORT + 1}"))

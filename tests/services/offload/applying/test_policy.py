@@ -1,4 +1,5 @@
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -6,6 +7,7 @@ import pytest
 
 from services.offload.applying.policy import Policy, RefusedError, sources_of
 from services.offload.kernel_plan import Copy, KernelPlan, Listener, StreamCopies
+from services.offload.kernel_routes import Frame, Pair
 from shared.datagrams.limits import BUCKETS
 from shared.settings.entries import Stream
 from shared.settings.model import Settings
@@ -16,6 +18,7 @@ SETTINGS = Settings(
     streams=(
         Stream(name="netflow", listen=("udp://0.0.0.0:2055", "tcp://0.0.0.0:601")),
         Stream(name="ordered", listen=("udp://0.0.0.0:2056",), offload=False),
+        Stream(name="syslog", listen=("udp://0.0.0.0:514",)),
     ),
     offload=Offload(interfaces=("eth0",), destinations=("10.0.0.0/8", "fd00::/8")),
     transmitter=Transmitter(destinations=("10.2.0.0/16",), sources=("10.0.0.0/8", "2001:db8::/32")),
@@ -26,12 +29,19 @@ COPY = Copy(
 RELAYED = msgspec.structs.replace(COPY, address=packed("10.9.0.1"), source=packed("10.9.0.254"), source_port=4000)
 LISTENER = Listener(packed("10.1.0.1"), 2055)
 STREAM = StreamCopies("netflow", 1, 1, (LISTENER,), (0,))
+NO_PORT = "port {} is not one of a udp:// listener of stream netflow"
 PLAN = KernelPlan(("eth0",), (COPY, RELAYED), (STREAM,))
 
 
+def frames_to(pairs: Iterable[Pair]) -> dict[Pair, Frame]:
+    """The way of all copies."""
+    return dict.fromkeys(pairs, (COPY.link_index, COPY.next_hop, COPY.link_address))
+
+
 def check(plan: KernelPlan) -> None:
-    """Ask the policy of these settings, on a host with two addresses."""
-    Policy(SETTINGS, {packed("10.9.0.254"), packed("10.2.0.254")}.intersection).check(plan)
+    """Ask the policy of these settings, on a host with three addresses."""
+    ours = {packed(address) for address in ("10.9.0.254", "10.2.0.254", "10.1.0.1")}
+    Policy(SETTINGS, ours.intersection, frames_to).check(plan)
 
 
 def test_plan_within_the_settings_passes() -> None:
@@ -54,12 +64,15 @@ def test_plan_within_the_settings_passes() -> None:
         ({"next_hop": b"\xff" * 6}, "next hop ff:ff:ff:ff:ff:ff is no station's"),
         ({"next_hop": b"\x01\0\x5e\0\0\1"}, "next hop 01:00:5e:00:00:01 is no station's"),
         ({"next_hop": bytes(6)}, "next hop 00:00:00:00:00:00 is no station's"),
+        ({"next_hop": b"\x02\0\0\0\0\3"}, "copies to 10.2.0.1 do not go the way of the kernel's routes"),
+        ({"link_address": b"\x02\0\0\0\0\3"}, "copies to 10.2.0.1 do not go the way of the kernel's routes"),
+        ({"link_index": 4}, "copies to 10.2.0.1 do not go the way of the kernel's routes"),
         ({"prefixes": (prefix("fd00::/8"),)}, "a prefix of another IP version"),
         ({"prefixes": (prefix("10.0.0.0/33"),)}, "a prefix of another IP version"),
     ],
 )
 def test_copy_beyond_the_settings_is_refused(fields: dict[str, Any], reason: str) -> None:
-    """No copy goes where the settings do not allow, to many at once, or from an address that is not this host's."""
+    """No copy goes where the settings do not allow, to many or to another station, or from another host's address."""
     with pytest.raises(RefusedError) as refused:
         check(msgspec.structs.replace(PLAN, copies=(msgspec.structs.replace(COPY, **fields), RELAYED)))
     assert str(refused.value) == reason
@@ -72,26 +85,31 @@ def test_no_setting_allows_what_is_nobodys(address: str) -> None:
     settings = Settings(offload=Offload(destinations=everywhere), transmitter=Transmitter(destinations=everywhere))
     plan = KernelPlan((), (msgspec.structs.replace(COPY, address=packed(address), prefixes=()),), ())
     with pytest.raises(RefusedError, match=r"is not in \[offload\] destinations"):
-        Policy(settings, set).check(plan)
+        Policy(settings, set, frames_to).check(plan)
 
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"name": "syslog"}, "stream syslog is not in the settings, or kept from offload"),
+        ({"name": "unknown"}, "stream unknown is not in the settings, or kept from offload"),
         ({"name": "ordered"}, "stream ordered is not in the settings, or kept from offload"),
-        ({"listeners": (Listener(packed("10.1.0.1"), 2056),)}, "port 2056 is not one of a udp:// listener"),
+        ({"listeners": (Listener(packed("10.1.0.1"), 2056),)}, NO_PORT.format(2056)),
+        ({"listeners": (Listener(packed("10.1.0.1"), 514),)}, NO_PORT.format(514)),
+        (
+            {"listeners": (LISTENER, Listener(packed("10.1.0.2"), 2055))},
+            "listener 10.1.0.2 is not an address of this host",
+        ),
         ({"unseen": True}, "stream netflow is not in [offload] unseen"),
         ({"generation": 4096}, "generation 4096 is not within [offload] mark_mask"),
-        ({"listeners": (Listener(packed("10.1.0.1"), 601),)}, "port 601 is not one of a udp:// listener"),
-        ({"listeners": (Listener(packed("10.1.0.1"), 22),)}, "port 22 is not one of a udp:// listener"),
-        ({"listeners": (LISTENER, Listener(packed("fd00::1"), 2055))}, "port 2055 is not one of a udp:// listener"),
+        ({"listeners": (Listener(packed("10.1.0.1"), 601),)}, NO_PORT.format(601)),
+        ({"listeners": (Listener(packed("10.1.0.1"), 22),)}, NO_PORT.format(22)),
+        ({"listeners": (LISTENER, Listener(packed("fd00::1"), 2055))}, "listeners with addresses of 4 and 16 bytes"),
         ({"copies": (0, 2)}, "copies that the plan has not"),
         ({"listeners": (Listener(packed("fd00::1"), 2055),)}, "copies that the plan has not"),
     ],
 )
 def test_stream_beyond_the_settings_is_refused(fields: dict[str, Any], reason: str) -> None:
-    """Only ports of our own UDP listeners are matched, and only marks of our own are set."""
+    """Only what comes to listeners of the stream on this host is copied, and only marks of our own are set."""
     with pytest.raises(RefusedError) as refused:
         check(msgspec.structs.replace(PLAN, streams=(msgspec.structs.replace(STREAM, **fields),)))
     assert str(refused.value) == reason

@@ -38,7 +38,7 @@ from shared.settings.entries import Stream
 from shared.settings.model import Settings
 from shared.settings.tables import Offload
 from tests.builders import make_client
-from tests.services.offload.site import prefix
+from tests.services.offload.site import packed, prefix
 
 WAY = Way(3, b"\x02\0\0\0\0\1", b"\x02\0\0\0\0\2", 1500)
 PORTS = {"netflow": 2055, "syslog": 514}
@@ -46,7 +46,7 @@ RELAYS = {("10.2.0.1", 9): ("10.2.0.254", 4000), ("fd02::1", 9): ("fd02::ff", 40
 FACTS = Facts(
     {"netflow": {("10.1.0.1", 2055), ("fd01::1", 2055)}, "syslog": {("10.1.0.1", 514)}, "messages": set()},
     {"eth0": 1500},
-    lambda _: WAY,
+    lambda *_: WAY,
     RELAYS,
 )
 WITHOUT_LISTENER = "its streams have no udp:// listener for other hosts over IPv{}, or offload = false"
@@ -97,7 +97,7 @@ def test_streams_have_their_listeners_and_copies() -> None:
 def test_longer_datagrams_go_up_where_a_way_takes_less_than_arrives() -> None:
     """The shortest way bounds the stream's datagrams, unless none longer can arrive."""
     ways = {"10.2.0.1": WAY, "10.2.0.2": replace(WAY, mtu=1400)}
-    narrow = replace(FACTS, way_to=lambda address: ways[address])
+    narrow = replace(FACTS, way_to=lambda address, _: ways[address])
     assert [each.longest for each in plan(client(), facts=narrow).streams[4]] == [0]
     both = plan(client(), client("other", "10.2.0.2"), facts=narrow)
     assert [each.longest for each in both.streams[4]] == [1400]
@@ -154,7 +154,7 @@ def test_reasons_of_this_host_and_of_settings() -> None:
     assert plan(siem, facts=troubled).reasons == {"siem": "it is refusing"}
     lost = replace(FACTS, troubled={("siem", siem.generation): None})
     assert not plan(siem, facts=lost).reasons
-    assert plan(siem, facts=replace(FACTS, way_to=lambda _: "no way")).reasons == {"siem": "no way"}
+    assert plan(siem, facts=replace(FACTS, way_to=lambda *_: "no way")).reasons == {"siem": "no way"}
     nowhere = replace(FACTS, interfaces={})
     assert plan(siem, facts=nowhere).reasons == {"siem": "no interface of [offload] interfaces is there"}
     limited = replace(LIMITS, rate_limited=True)
@@ -262,8 +262,10 @@ def test_every_collector_is_served_or_has_a_reason_and_the_policy_agrees(some: l
         assert stream.generation == (1 if length == 4 else 2)
     streams = [Stream(name=name, listen=(f"udp://0.0.0.0:{port}",)) for name, port in PORTS.items()]
     offload = Offload(interfaces=("eth0",), destinations=LIMITS.destinations)
-    ours = {ipaddress.ip_address(address).packed for address, _ in RELAYS.values()}
-    Policy(Settings(streams=tuple(streams), offload=offload), ours.intersection).check(made)
+    ours = {packed(address) for address, _ in (*RELAYS.values(), *FACTS.listeners["netflow"])}
+    frame = WAY.link_index, WAY.next_hop, WAY.link_address
+    settings = Settings(streams=tuple(streams), offload=offload)
+    Policy(settings, ours.intersection, lambda pairs: dict.fromkeys(pairs, frame)).check(made)
 
 
 networks = st.builds(

@@ -1,4 +1,5 @@
 import socket
+from collections.abc import Mapping
 from contextlib import closing
 from threading import Event
 from types import SimpleNamespace
@@ -6,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from services.offload.planning import surroundings as module
-from services.offload.planning.planner import Way
+from services.offload.planning.planner import Place, Way
 from services.offload.planning.surroundings import Surroundings
 from shared.net.udp_sockets import UdpSocket
 from shared.settings.entries import Stream
@@ -51,20 +52,20 @@ def test_facts_of_a_host_are_found_and_followed() -> None:
             def is_known() -> bool:
                 surroundings.next_hops.refresh()
                 surroundings.apply_events()
-                found[:] = [surroundings.gather({}).way_to("10.1.0.2")]
+                found[:] = [surroundings.gather({}).way_to("10.1.0.2", "")]
                 return isinstance(found[0], Way)
 
             wait_until(is_known, lambda: f"the neighbour is known: {found}")
             macs = [bytes.fromhex(end.link_address.replace(":", "")) for end in (far, near)]
             assert found == [Way(int(relay.link("near")["ifindex"]), macs[0], macs[1], 1400)]
             way_to = facts.way_to
-            assert way_to("10.1.0.1") == "it is on this host"
-            assert way_to("192.0.2.1") == "there is no route to it"
-            assert way_to("10.1.0.77") == "the link address of its next hop is not known"
+            assert way_to("10.1.0.1", "") == "it is on this host"
+            assert way_to("192.0.2.1", "") == "there is no route to it"
+            assert way_to("10.1.0.77", "") == "the link address of its next hop is not known"
             with tunnel(End(relay, "tun", "10.5.0.1/24"), End(siem, "tun", "10.5.0.2/24")):
                 wait_until(
                     lambda: (
-                        (surroundings.apply_events(), surroundings.gather({}))[1].way_to("10.5.0.2")
+                        (surroundings.apply_events(), surroundings.gather({}))[1].way_to("10.5.0.2", "")
                         == "the link to it is not Ethernet"
                     ),
                     "the tunnel is seen",
@@ -72,12 +73,95 @@ def test_facts_of_a_host_are_found_and_followed() -> None:
             siem.run("ip", "link", "set", "dev", "far", "down")
             wait_until(
                 lambda: (
-                    (surroundings.apply_events(), surroundings.gather({}))[1].way_to("10.1.0.2")
+                    (surroundings.apply_events(), surroundings.gather({}))[1].way_to("10.1.0.2", "")
                     in ("the link to it is down", "there is no route to it")
                 ),
                 "the link is seen to be down",
             )
         surroundings.close()
+
+
+def test_a_relay_s_copies_go_the_way_that_rules_give_to_its_address() -> None:
+    """By policy routing (ip-rule(8)) the way depends on the source, and the forwarder's own copies go by that."""
+    with Host() as relay, Host() as siem:
+        ends = [End(relay, f"up{number}", f"10.{number}.0.1/24") for number in (1, 2)]
+        fars = [End(siem, f"far{number}", f"10.{number}.0.2/24") for number in (1, 2)]
+        with veth(ends[0], fars[0]), veth(ends[1], fars[1]), relay.entered(), closing(Surroundings(SETTINGS)) as found:
+            for number, far in enumerate(fars, 1):
+                relay.neighbour(f"10.{number}.0.2", far.link_address, f"up{number}")
+            relay.route("10.9.0.0/24", via="10.1.0.2")
+            relay.run("ip", "route", "add", "10.9.0.0/24", "via", "10.2.0.2", "table", "100")
+            relay.run("ip", "rule", "add", "from", "10.2.0.1", "lookup", "100")
+
+            def links() -> list[str]:
+                found.apply_events()
+                facts = found.gather({})
+                ways = [facts.way_to("10.9.0.1", source) for source in ("", "10.1.0.1", "10.2.0.1")]
+                names = {int(relay.link(end.name)["ifindex"]): end.name for end in ends}
+                return [names[way.link_index] if isinstance(way, Way) else way for way in ways]
+
+            wait_until(lambda: links() == ["up1", "up1", "up2"], lambda: f"each has its way: {links()}")
+            relay.run("ip", "rule", "del", "from", "10.2.0.1", "lookup", "100")
+            wait_until(lambda: links() == ["up1"] * 3, lambda: f"all go one way: {links()}")
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_mtu_that_a_router_tells_of_is_heeded(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """The kernel heeds it for what it sends itself; copies by rules that are longer would be lost on the way."""
+    monkeypatch.setattr(module, "MTU_SECONDS", 0.0)
+    with Host() as relay, Host() as router, Host() as siem:
+        ends = [
+            End(host, "eth", f"10.1.0.{number}/24 fd01::{number}/64") for number, host in enumerate((relay, router), 1)
+        ]
+        behind = [
+            End(host, "far", f"10.2.0.{number}/24 fd02::{number}/64") for number, host in enumerate((router, siem), 1)
+        ]
+        with (
+            veth(ends[0], ends[1]),
+            veth(behind[0], behind[1], mtu=1300),
+            relay.entered(),
+            closing(Surroundings(SETTINGS)) as found,
+        ):
+            router.forward()
+            network, gateway, address = {
+                4: ("10.2.0.0/24", "10.1.0.2", "10.2.0.2"),
+                6: ("fd02::/64", "fd01::2", "fd02::2"),
+            }[version]
+            relay.neighbour(gateway, ends[1].link_address, "eth")
+            relay.route(network, via=gateway)
+
+            def mtu() -> int:
+                found.apply_events()
+                found.refresh()
+                way = found.gather({}).way_to(address, "")
+                assert isinstance(way, Way), way
+                return way.mtu
+
+            wait_until(lambda: found.apply_events() or mtu() == 1500, "the way is known")
+            sender = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
+            with sender:
+                sender.connect((address, 9))
+                sender.send(bytes(1400))
+                wait_until(lambda: mtu() == 1300, lambda: f"the MTU is the router's, not {mtu()}")
+
+
+def test_no_copy_comes_from_an_address_that_this_host_has_no_more() -> None:
+    """The forwarder's socket keeps it until it sends, and has it again if it is back by then."""
+    with Host() as relay, relay.entered(), closing(Surroundings(SETTINGS)) as found:
+        relay.run("ip", "address", "add", "10.5.0.1/32", "dev", "lo")
+        siem = "127.0.0.9", 514
+
+        def relays() -> Mapping[Place, Place]:
+            found.apply_events()
+            found.sockets_changed([siem])
+            return found.gather({}).relays
+
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as forwarder:
+            forwarder.bind(("10.5.0.1", 7000))
+            forwarder.connect(siem)
+            for wanted in ({siem: ("10.5.0.1", 7000)}, {}, {siem: ("10.5.0.1", 7000)}):
+                wait_until(lambda wanted=wanted: relays() == wanted, lambda: f"the source is known: {relays()}")  # type: ignore[misc]
+                relay.run("ip", "address", "del" if wanted else "add", "10.5.0.1/32", "dev", "lo")
 
 
 def test_the_source_of_a_relay_stays_where_another_program_sends_to_the_same_collector(
@@ -133,7 +217,8 @@ def test_names_of_listeners_are_looked_up_beside_the_loop(monkeypatch: pytest.Mo
         may_answer.wait(60)
         return [(socket.AF_INET, ("10.1.0.7", port))]
 
-    with closing(Surroundings(Settings(streams=()))) as surroundings:
+    with Host() as relay, relay.entered(), closing(Surroundings(Settings(streams=()))) as surroundings:
+        relay.add_address("10.1.0.7/32", "lo")
         monkeypatch.setattr("shared.net.host_lookups.resolve", resolver)
         surroundings.apply_settings(Settings(streams=(Stream(name="a", listen=("udp://a.test:514",)),)))
         surroundings.apply_events()
