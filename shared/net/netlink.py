@@ -90,7 +90,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A network interface. `ethernet` says whether its frames are Ethernet; `address` is then its 6 bytes."""
+    """A network interface. `ethernet` says whether its frames are Ethernet; `address` is then its 6 bytes.
+
+    `master` is the number of the bridge or bond that it is a port of; 0: none.
+    """
 
     index: int
     name: str
@@ -98,6 +101,7 @@ class Link:
     address: bytes
     mtu: int
     up: bool
+    master: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +298,7 @@ def _link(message: Any) -> Link:
         _link_address(address),
         message.get_attr("IFLA_MTU") or 0,
         message["flags"] & IFF_UP != 0 and message["flags"] & IFF_RUNNING != 0,
+        message.get_attr("IFLA_MASTER") or 0,
     )
 
 

@@ -145,6 +145,27 @@ def test_an_mtu_that_a_router_tells_of_is_heeded(monkeypatch: pytest.MonkeyPatch
                 wait_until(lambda: mtu() == 1300, lambda: f"the MTU is the router's, not {mtu()}")
 
 
+def test_a_port_is_no_interface_beside_its_bridge() -> None:
+    """The settings name both: datagrams of the port would be copied a second time on the bridge."""
+    settings = Settings(offload=Offload(interfaces=("bridge", "port")))
+    with Host() as relay, Host() as exporter, relay.entered(), closing(Surroundings(settings)) as found:
+
+        def interfaces() -> set[str]:
+            found.apply_events()
+            return {*found.gather({}).interfaces}
+
+        with veth(End(relay, "port"), End(exporter, "far")):
+            wait_until(lambda: interfaces() == {"port"}, "the port is seen")
+            bridge = End(relay, "bridge", mac="02:00:00:00:00:09")
+            bridge.make("bridge")
+            wait_until(lambda: interfaces() == {"bridge", "port"}, "both are seen")
+            relay.run("ip", "link", "set", "dev", "port", "master", "bridge")
+            wait_until(lambda: interfaces() == {"bridge"}, "it is a port of the bridge")
+            relay.run("ip", "link", "set", "dev", "port", "nomaster")
+            wait_until(lambda: interfaces() == {"bridge", "port"}, "it is not any more")
+            bridge.remove()
+
+
 def test_no_copy_comes_from_an_address_that_this_host_has_no_more() -> None:
     """The forwarder's socket keeps it until it sends, and has it again if it is back by then."""
     with Host() as relay, relay.entered(), closing(Surroundings(SETTINGS)) as found:
