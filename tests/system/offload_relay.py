@@ -22,19 +22,23 @@ PER_SECOND: Final = 200
 
 
 class Exporting(Background):
-    """Exporters that send numbered datagrams in turn until told to stop; some come in fragments."""
+    """Exporters that send datagrams in turn, numbered from `first` on, until told to stop; some come in fragments."""
 
-    def __init__(self, site: OffloadSite, opened: ExitStack) -> None:
+    def __init__(self, site: OffloadSite, opened: ExitStack, version: int = 4, first: int = 0) -> None:
         super().__init__()
         self.sent = 0
-        self._sockets = [opened.enter_context(site.exporting(number)) for number in range(len(EXPORTERS[4]))]
+        self.first = first
+        self._to = RELAY[version], PORT
+        numbers = range(len(EXPORTERS[version]))
+        self._sockets = [opened.enter_context(site.exporting(number, version)) for number in numbers]
 
     def run(self) -> None:
         """Send evenly."""
         while not self.stopping.is_set():
             sock = self._sockets[self.sent % len(self._sockets)]
             with suppress(OSError):  # while the cable is away
-                sock.sendto(self.sent.to_bytes(4) + bytes(3000 if self.sent % 50 == 0 else 200), (RELAY[4], PORT))
+                number = (self.first + self.sent).to_bytes(4)
+                sock.sendto(number + bytes(3000 if self.sent % 50 == 0 else 200), self._to)
                 self.sent += 1
             pause(1 / PER_SECOND)
 
@@ -43,7 +47,7 @@ class Counted(Reading):
     """A collector's socket, and how often each number has come."""
 
     def __init__(self, site: OffloadSite, address: str, port: int) -> None:
-        super().__init__(site.siem.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        super().__init__(site.siem.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM))
         self.came: Counter[int] = Counter()
         self.times: list[float] = []
         """Times at which copies came (time.monotonic)."""
