@@ -77,7 +77,7 @@ class Applier:
                 case "reload":
                     self._reload()
         except RefusedError as error:
-            log.error("plan refused by the settings", reason=str(error))
+            log.error("plan refused", reason=str(error))
             return Answer(request.number, f"refused: {error}")
         except OSError as error:
             return Answer(request.number, name_error(error))

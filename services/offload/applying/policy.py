@@ -60,16 +60,13 @@ class Policy:
         self._check_addresses(plan)
 
     def _check_addresses(self, plan: KernelPlan) -> None:
-        """Only what comes to this host is copied, and only what leaves it is a copy."""
+        """Only what comes to this host is copied; copies leave as the kernel's own packets do, so none is for it."""
         sources = {copy.source for copy in plan.copies if copy.source}
         listeners = {listener.address for stream in plan.streams for listener in stream.listeners}
-        destinations = {copy.address for copy in plan.copies}
-        ours = self._ours_among(sources | listeners | destinations)
+        ours = self._ours_among(sources | listeners)
         for kind, others in (("source", sources.difference(ours)), ("listener", listeners.difference(ours))):
             for address in others:
                 raise RefusedError(f"{kind} {_text(address)} is not an address of this host")
-        for address in destinations.intersection(ours):
-            raise RefusedError(f"destination {_text(address)} is an address of this host")
         frames = self._frames_to({(copy.address, copy.source) for copy in plan.copies})
         for copy in plan.copies:
             if frames.get((copy.address, copy.source)) != (copy.link_index, copy.next_hop, copy.link_address):

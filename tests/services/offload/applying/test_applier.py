@@ -90,7 +90,7 @@ def test_it_makes_one_table_of_what_is_allowed_and_counts(tmp_path: Path) -> Non
             beyond = msgspec.structs.replace(plan, interfaces=("in", "out"))
             with capture_logs() as log:
                 assert applier.ask("apply", beyond).error == "refused: interface out is not in [offload] interfaces"
-            assert [each["event"] for each in log] == ["plan refused by the settings"]
+            assert [each["event"] for each in log] == ["plan refused"]
             socks[0].sendto(b"one", (RELAY[4], PORT))
             assert listener.read(1)[0].mark >> 20 == 7
             assert siem.read(1)
