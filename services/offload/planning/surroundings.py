@@ -118,7 +118,8 @@ class Surroundings:
             self._ways.clear()
             self._addresses = self.next_hops.addresses()
         listening = [address for places in self._listeners.places.values() for address, _ in places]
-        asked = {ipaddress.ip_address(each.partition("%")[0]) for each in (*self._addresses, *listening)}
+        sources = {address for address, _ in self._relays.values()}
+        asked = {ipaddress.ip_address(each.partition("%")[0]) for each in (*self._addresses, *listening, *sources)}
         packed = {each.packed: str(each) for each in asked}
         with suppress(OSError):  # no answer: what was known is as good as anything
             self._own = {packed[own] for own in self._routes.own_among(packed)} if self._routes else set()
