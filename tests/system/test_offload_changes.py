@@ -195,4 +195,6 @@ def test_changes_of_the_host_neither_double_nor_stop_copies(open_stack: OpenStac
             print(change.__doc__)
             change(changing)
             changing.settle()
-        assert not open_stack["offload"].events("a plan of the kernel's rules was refused")
+        refused = open_stack["offload"].events("a plan of the kernel's rules was refused")
+        # While senders are told of a plan the routes that it goes by may change: then the next one follows.
+        assert all(each["reason"].endswith("do not go the way of the kernel's routes") for each in refused), refused
