@@ -83,7 +83,7 @@ def between(tmp_path: Path, largest: int) -> Iterator[Away]:
     """Two sites, one of them with a journal, and a server."""
     port = free_port()
     journal = f'[journal]\ndirectory = "{tmp_path}/journal"\nbytes = 8589934592\nmemory = 17179869184\n'
-    patient = "high_water_mark = 2048"  # for a journal that a busy machine holds up
+    patient = "high_water_mark = 16384"  # for a journal that a busy machine holds up
     with (
         NatsServer(tmp_path) as server,
         Site(tmp_path / "a", "a", server, kept("flows", port), MEMORY, journal, patient) as a,
