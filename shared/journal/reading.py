@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final
 
 from shared.bus.bodies.journal_messages import MAX_PORTION_ROWS, JournalPlace, JournalRead, WorkerPosition
-from shared.bus.continuity import Worker
 from shared.capture.pcapng import Destination
 from shared.datagrams.batch import DatagramBatch
 from shared.journal.records import Head, Identity, RecordError
@@ -22,6 +21,8 @@ MAX_PASSED: Final = 4096
 COMPRESSED: Final = "compressed"
 """The reason for which a segment can't be read that another program has compressed."""
 
+Worker = tuple[str, int]
+"""Name and boot id of a worker."""
 Segments = Callable[[], Sequence[Segment]]
 """Returns the segments that a stream has now, in their order."""
 

@@ -86,7 +86,7 @@ class Changing:
             lambda: f"the kernel copies for all: {before} {self.copied()} {self.stack['offload'].text[-2000:]}",
         )
         for name, came in self._came.items():
-            twice = [number for number, count in list(came.came.items()) if count > 1]
+            twice = [number for number, count in came.came.copy().items() if count > 1]
             assert not twice, f"{len(twice)} came to {name} twice, from {twice[0]} on"
 
     def wait_for_reason(self, reason: str) -> None:

@@ -1,6 +1,6 @@
 import ipaddress
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -159,7 +159,7 @@ class Site:
                     datagram.copied.append(entry)
         self.queue.append(datagram)
 
-    def process(self, count: int) -> None:
+    def process(self, count: int, joining: Collection[str] = ()) -> None:
         """Let the sender take some datagrams; check what each collector has got of them, and what is counted."""
         taken, self.queue = self.queue[:count], self.queue[count:]
         if not taken:
@@ -168,23 +168,24 @@ class Site:
         batch = replace(make_batch([b""] * len(taken), [each.source for each in taken]), generations=marks)
         self.published["messages"] += len(taken)
         before, sent = self.counted, Counter[tuple[str, int]]()
-        for destination, selection in self.collectors.route(Gathered([batch])):
+        for destination, selection in self.collectors.route(Gathered([batch]), joining):
             rows = range(len(taken)) if selection.indices is None else selection.indices.tolist()
             destination.account["sent"] += len(rows)
             sent.update((destination.client.name, row) for row in rows)
             assert not destination.client.withheld
+            assert destination.client.name not in joining
         for name, client in self.today.items():
             for row, datagram in enumerate(taken):
                 by_kernel = [place(entry) for entry in datagram.copied].count(place(client))
                 wanted = matches(client, datagram.source)
                 assert by_kernel + sent[name, row] <= 1, f"{name} has got a datagram twice"
                 assert wanted or not sent[name, row], f"{name} has got what it does not want"
-                if client.group:
+                if client.group or name in joining:
                     continue
                 if wanted and not (client.sample > 1 or client.withheld or self.samples(name, datagram.mark)):
                     assert by_kernel + sent[name, row] == 1, f"{name} has not got a datagram"
         for row, datagram in enumerate(taken):
-            self._check_group(datagram, {name: sent[name, row] for name in self.today})
+            self._check_group(datagram, {name: sent[name, row] for name in self.today}, joining)
         # Of a copy that the kernel has made besides for another member, the sender that its rule was of tells.
         besides = any(len(self._by_kernel(datagram)) > 1 for datagram in taken)
         if not besides and not any(self.samples(name, mark) for name in NAMES for mark in set(marks.tolist())):
@@ -195,13 +196,16 @@ class Site:
             )
             assert self.counted - before == made, "the counters of the rules tell another number"
 
-    def _check_group(self, datagram: Datagram, sent: Mapping[str, int]) -> None:
-        """One member of the group has got it; more only if they were in none when the rules were made."""
+    def _check_group(self, datagram: Datagram, sent: Mapping[str, int], joining: Collection[str]) -> None:
+        """One member of the group has got it; more only if they were in none when the rules were made.
+
+        None may have if all are joining.
+        """
         members = {name for name, client in self.today.items() if client.group}
         by_kernel = self._by_kernel(datagram)
         if members and not any(self.samples(name, datagram.mark) for name in members):
             got = len(by_kernel) + sum(sent[name] for name in members)
-            allowed = got > 1 and not all(entry.group for entry in by_kernel)
+            allowed = members <= {*joining} if not got else not all(entry.group for entry in by_kernel)
             assert got == 1 or allowed, f"{got} of a group have got it"
 
     def _by_kernel(self, datagram: Datagram) -> list[Client]:
