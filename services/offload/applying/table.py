@@ -110,9 +110,10 @@ class Table:
         for place in range(len(plan.interfaces)):
             lead.flush_chain(_base_chain(place))
         renderer = self._render(batch, plan, self._chains)
-        staying = self._delete_replaced(batch, renderer.counters)
+        staying, deleted = self._delete_replaced(batch, renderer.counters)
         self._connection.commit(batch)
         self._replaced = staying
+        self._counted = {name: count for name, count in self._counted.items() if name not in deleted}
         before = self._streams, self._chains, self._counters
         try:
             self._lead(lead, renderer, plan)
@@ -142,8 +143,8 @@ class Table:
         names = (*streams, *({*chains.values()} - {*kept.values()}))
         self._replaced.append(_Replaced(time.monotonic(), names, counters))
 
-    def _delete_replaced(self, batch: Batch, counters: frozenset[str]) -> list[_Replaced]:
-        """Delete what plans have left behind that were replaced long ago; return what stays."""
+    def _delete_replaced(self, batch: Batch, counters: frozenset[str]) -> tuple[list[_Replaced], frozenset[str]]:
+        """Delete what plans have left behind that were replaced long ago; return what stays, and deleted counters."""
         before = time.monotonic() - SETTLED_SECONDS
         gone = [each for each in self._replaced if each.at <= before]
         staying = [each for each in self._replaced if each.at > before]
@@ -153,9 +154,10 @@ class Table:
             for name in each.chains:
                 batch.delete_chain(name)
         used = counters.union(self._counters, *(each.counters for each in staying))
-        for name in sorted(frozenset().union(*(each.counters for each in gone)) - used):
+        deleted = frozenset[str]().union(*(each.counters for each in gone)) - used
+        for name in sorted(deleted):
             batch.delete_counter(name)
-        return staying
+        return staying, deleted
 
 
 def _base_chain(place: int) -> str:

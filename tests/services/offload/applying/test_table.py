@@ -7,6 +7,7 @@ import random
 import shutil
 import socket
 import threading
+import time
 from collections import Counter
 from contextlib import ExitStack
 
@@ -15,7 +16,7 @@ import pytest
 
 from services.offload.applying.nftables.connection import Nftables
 from services.offload.applying.rules import Marks, Sources
-from services.offload.applying.table import Table
+from services.offload.applying.table import SETTLED_SECONDS, Table
 from services.offload.kernel_plan import NO_COPIES, Listener
 from shared.datagrams.routing import shares_of
 from shared.datagrams.sampling import find_buckets, find_share
@@ -354,6 +355,25 @@ def test_counters_go_on_where_the_table_is_made_anew() -> None:
         assert {packets for packets, _ in site.table.counters().values()} == {3 * len(socks)}
         site.table.replace(site.plan([site.copy(1, 9001)]))
         assert set(site.table.counters()) == {"c101", "c4"}
+
+
+def test_counter_of_an_earlier_table_is_told_until_it_is_deleted() -> None:
+    """A collector that leaves the rules for a while has its next copies counted from 0 again, and none twice."""
+    with OffloadSite() as site, Collector(site.siem, SIEMS[4][0], 9000) as siem, exporters(site) as socks:
+        both = site.plan([site.copy(0, 9000), site.copy(1, 9001)])
+        for interfaces in (("in", "out"), ("in",)):
+            site.table.replace(msgspec.structs.replace(both, interfaces=interfaces))
+            for sock in socks:
+                sock.sendto(b"copied", (RELAY[4], PORT))
+            siem.read(len(socks))
+        assert site.table.counters()["c100"][0] == 2 * len(socks)
+        alone = site.plan([site.copy(1, 9001)])
+        for _ in range(2):
+            site.table.replace(alone)
+            time.sleep(SETTLED_SECONDS)
+        assert set(site.table.counters()) == {"c101", "c4"}
+        site.table.replace(both)
+        assert site.table.counters()["c100"][0] == 0
 
 
 def test_map_leads_to_its_copies_from_the_first_moment_to_the_last() -> None:
