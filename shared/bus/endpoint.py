@@ -9,7 +9,6 @@ from typing import Final
 import zmq
 
 from shared.bus.curve_keys import Keys, load_keys
-from shared.datagrams.limits import MAX_ROWS, ROW_SIZE
 from shared.net.addresses import Endpoint, SocketAddress, resolve
 from shared.settings.explain import SettingsError
 from shared.settings.tables import Bus
@@ -21,9 +20,7 @@ PROBE_SECONDS: Final = 2.0
 QUEUE_SHARE: Final = 4
 """A queue may take one part in this many of a process's memory ceiling."""
 PLACE: Final = 64 * 1024
-"""A message takes one place in a queue, and another one for each of as many bytes."""
-MOST_IN_PLACE: Final = PLACE + MAX_ROWS * ROW_SIZE
-"""Bytes that a place takes at most, apart from names."""
+"""Bytes of a place in a queue. A message takes one, and another one for each of as many bytes that it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +94,7 @@ def queue_limit(high_water_mark: int, memory_ceiling: int) -> int:
     """
     if not memory_ceiling:
         return high_water_mark
-    return min(high_water_mark, max(1, memory_ceiling // QUEUE_SHARE // MOST_IN_PLACE))
+    return min(high_water_mark, max(1, memory_ceiling // QUEUE_SHARE // PLACE))
 
 
 def ipc_endpoint(directory: Path, side: str) -> str:

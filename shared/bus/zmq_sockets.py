@@ -217,7 +217,7 @@ class Publisher:
             self._send(parts[-1], NOBLOCK)
         except zmq.Again:
             return False
-        for _ in range(len(parts[-1]) // PLACE):  # a queue is bounded by messages, and so by bytes
+        for _ in range(sum(map(len, parts)) // PLACE):  # a queue is bounded by messages, and so by bytes
             self._put((*parts[:2], FILLER))
         return True
 

@@ -154,7 +154,7 @@ class HeldBatches:
         places = 0
         while places < self._portion and held.handed_on < len(held.batches):
             batch = held.batches[held.handed_on]
-            places += 1 + len(batch.payload) // PLACE
+            places += 1 + batch.size // PLACE
             body = batch.body
             again = Again(body.stream, body.received_ns, generation=body.generation, generations=body.generations)
             if not self._publisher.repeat(topic, again, batch.sequence, batch.total, (batch.rows, batch.payload)):

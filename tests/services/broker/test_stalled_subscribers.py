@@ -33,7 +33,7 @@ from tests.builders import (
 from tests.stack import Stack, wait_until
 
 CEILING = 320 << 20
-"""Bytes. A queue's share of it is 121 of the messages below."""
+"""Bytes. A queue's share of it is 160 of the messages below."""
 STALLED = 20
 TOPIC = datagrams_topic("messages")
 BODY, BATCH = Datagrams("messages", 1, 0), make_batch([bytes(64_000)] * 8)

@@ -3,14 +3,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Thread
 
-from shared.bus.endpoint import DIRECT, MOST_IN_PLACE, QUEUE_SHARE, queue_limit
+from shared.bus.endpoint import DIRECT, PLACE, QUEUE_SHARE, queue_limit
 from tests.stack import wait_until
 
 
 def test_queue_of_the_bus_fits_its_share() -> None:
     """A queue holds as many messages as set, or as many of the largest as its share of the memory has room for."""
-    assert queue_limit(256, QUEUE_SHARE * MOST_IN_PLACE * 100) == 100
-    assert queue_limit(256, QUEUE_SHARE * MOST_IN_PLACE * 300) == 256
+    assert queue_limit(256, QUEUE_SHARE * PLACE * 100) == 100
+    assert queue_limit(256, QUEUE_SHARE * PLACE * 300) == 256
     assert queue_limit(256, 1) == 1
 
 

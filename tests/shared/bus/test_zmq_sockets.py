@@ -34,7 +34,7 @@ from shared.bus.zmq_sockets import (
     check_directory,
     prepare_directory,
 )
-from shared.datagrams.limits import MAX_DATAGRAM
+from shared.datagrams.limits import MAX_DATAGRAM, MAX_ROWS
 from shared.process.lifecycle import OperatorError
 from tests.builders import (
     BusEnds,
@@ -156,21 +156,20 @@ def test_full_queue_refuses_and_loses_nothing(stack: Stack) -> None:
         assert (message.envelope.sequence, message.envelope.total) == (len(took), len(took))
 
 
-def test_large_messages_take_more_places(stack: Stack) -> None:
-    """Each message of 512 KiB takes eight places of a queue, so that fewer fit; all that were taken arrive."""
+@pytest.mark.parametrize(("size", "count", "places"), [(MAX_DATAGRAM, 8, 8), (60, MAX_ROWS, 2)])
+def test_large_messages_take_more_places(stack: Stack, size: int, count: int, places: int) -> None:
+    """Rows and payloads of 512 KiB take eight places of a queue, so that fewer fit; all that were taken arrive."""
     broker = stack.start("broker")
     with BusEnds(stack.bus) as bus:
         publisher, subscriber = bus.publisher(high_water_mark=40), bus.subscriber(TOPIC)
         wait_wanted(publisher, TOPIC)
         freeze(broker)
-        took = [
-            number for number in range(40) if publish(publisher, *[(b"%d" % number).ljust(MAX_DATAGRAM, b"\0")] * 8)
-        ]
+        took = [number for number in range(40) if publish(publisher, *[(b"%d" % number).ljust(size, b"\0")] * count)]
         assert took == list(range(len(took)))
-        assert 40 // 8 <= len(took) < 2 * 40 // 8
+        assert 40 // places <= len(took) < 2 * 40 // places
         broker.process.send_signal(signal.SIGCONT)
-        arrived = take_datagrams(subscriber, 8 * len(took))
-        assert [int(payload.rstrip(b"\0")) for _, _, payload in arrived[::8]] == took
+        arrived = take_datagrams(subscriber, count * len(took))
+        assert [int(payload.rstrip(b"\0")) for _, _, payload in arrived[::count]] == took
         assert publish(publisher, b"small")
         assert payloads_of([take(subscriber)]) == [b"small"]
         assert subscriber.rejected == {}
