@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from shared.bus.loans.lender import ANSWER, CHUNK, PAGE, pool_path
+from shared.bus.loans.lender import ANSWER, CHUNK, LENDING, PAGE, pool_path
 from shared.bus.messages import Datagrams, Envelope, MessageError, Part, datagrams_topic, inline_topic
 
 MAX_UNREADABLE: Final = 256
@@ -169,7 +169,7 @@ class Borrower:
 
     def note_lending(self, envelope: Envelope, body: Datagrams, *, is_mark: bool) -> None:
         """Note the loan numbers in a message that lends nothing; a mark is a worker's first message to us."""
-        if is_mark and self._lender(envelope, body.stream) is None:
+        if is_mark and self._lender(envelope, body.stream) is None and envelope.sender.startswith(LENDING):
             self._ask_to_lend(envelope, body.stream)
         borrowed = self._lender(envelope, body.stream)
         if borrowed is None:

@@ -23,6 +23,8 @@ CHUNK: Final = 2 << 20
 """Bytes: a full batch of the largest datagrams that an Ethernet frame holds, and a quarter more."""
 LENT_SIZE: Final = 16_384
 """Bytes; a smaller payload costs less to copy than to lend."""
+LENDING: Final = "ingest."
+"""Begins the names of those that lend: an uplink publishes as they do, and one of them has its number."""
 GRACE_SECONDS: Final = 1.0
 """Time after a subscription in which nothing is lent."""
 BACKLOG: Final = 64

@@ -177,6 +177,22 @@ def test_what_is_unsubscribed_before_it_is_lent_is_lent_to_others(stack: Stack, 
         assert payloads_of([take(first)]) == large(0)
 
 
+def test_batches_of_other_sites_keep_no_loan(stack: Stack, pool_clock: PoolClock) -> None:
+    """The uplink lends nothing, though a worker has its number: that goes on lending to who reads both."""
+    with lending(stack, pool_clock) as (bus, worker, first):
+        uplink = bus.publisher("uplink.1")
+        wait_wanted(uplink, TOPIC)
+        uplink.publish(TOPIC, Datagrams("messages", 0), make_batch([]))
+        take_mark(first)
+        worker.turn()
+        for number in range(8):
+            assert worker.publish(large(number))
+            assert payloads_of([take(first)]) == large(number)
+            uplink.publish(TOPIC, Datagrams("messages", 0), make_batch([b"%d" % number]))
+            assert payloads_of([take(first)]) == [b"%d" % number]
+            worker.turn()
+
+
 def test_loan_that_can_not_be_read_is_missed(stack: Stack, pool_clock: PoolClock) -> None:
     """A loan from before a subscriber borrowed is rejected as `not_borrowed`, shows as missed, and is the last one.
 
