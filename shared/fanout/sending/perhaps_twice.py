@@ -39,9 +39,13 @@ class PerhapsTwice:
             self._looks.clear()
         if not self._looks or now >= self._looks[-1][0] + LOOK_SECONDS:
             self._looks.append((now, {name: _sent_once(account) for name, account in accounts.items()}))
+        look = self._looks[0][1]
         for node in others:
-            if without or (node.state == "live" and node.age_ms < 1000 * LOOK_SECONDS):
-                self._heard[node.name] = self._looks[0][1]
+            if node.name in without or (node.state == "live" and node.age_ms < 1000 * LOOK_SECONDS):
+                self._heard[node.name] = look
+            elif without:  # it may miss this node for longer, and tell so later: what is counted now is not once more
+                heard = self._heard.get(node.name, look)
+                self._heard[node.name] = {name: min(once, look.get(name, once)) for name, once in heard.items()}
             self._missed[node.name] = node.missed
 
 

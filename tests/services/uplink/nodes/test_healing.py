@@ -23,7 +23,9 @@ from shared.bus.continuity import Worker
 from shared.bus.messages import Envelope, Status
 from shared.client import Resume
 from shared.fanout.catch_up.rings import RING_SECONDS
+from shared.fanout.sending.perhaps_twice import PerhapsTwice
 from shared.ledger.accounts import unparse_origin
+from shared.ledger.counters import PERHAPS_TWICE, SENT
 from shared.serving_nodes import Minority, Owners
 from shared.settings.uplink import Uplink
 from tests.builders import make_client
@@ -50,19 +52,28 @@ class Relay:
         self.cluster = self.node._cluster = Cluster(name, NODES, minority, "uplink.1", ord(name), clock, time_ns)
         self.node._connected_at, self._began_ns = world.now, world.now_ns
         self._owners = Owners(name, NODES, minority, clock)
-        self._own: set[str] = set()
+        self._own: dict[str, Resume | None] = {}
+        self.accounts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.once: defaultdict[str, list[Datagram]] = defaultdict(list)
+        """By collector: what was sent to it, and not counted as perhaps sent twice."""
+        self._perhaps_twice = PerhapsTwice(clock)
         self.counts = Counter[Worker]()
         self._left_off: dict[str, Counter[Worker]] = {}
         self._ring: list[tuple[float, Worker, int, Datagram]] = []
         self._reports = 0
 
     def _take_nodes(self, _: str, told: Nodes) -> bool:
+        before = {name: account[PERHAPS_TWICE] for name, account in self.accounts.items()}
+        self._perhaps_twice.note(told.nodes[1:], {name: self.accounts[name] for name in self._own})
+        for name, counted in before.items():
+            del self.once[name][len(self.once[name]) - (self.accounts[name][PERHAPS_TWICE] - counted) :]
         if self._owners.note(told) or not self._owners.settled or not self._owners._owners:
             clients, _others = self._owners.split(CLIENTS, "relay")
-            self._left_off |= {name: Counter(self.counts) for name in self._own - clients.keys()}
-            for name in clients.keys() - self._own:
+            self._left_off |= {name: Counter(self.counts) for name in self._own.keys() - clients.keys()}
+            fresh = clients.keys() - self._own.keys()
+            self._own = {name: client.resume for name, client in clients.items()}
+            for name in fresh:
                 self._resume(name, clients[name].resume)
-            self._own = {*clients}
         return True
 
     def _resume(self, name: str, resume: Resume | None) -> None:
@@ -73,9 +84,17 @@ class Relay:
         places = self._left_off.get(name, {}) if resume.generation else told
         for at, worker, count, datagram in self._ring:
             if count >= places.get(worker, 0) and (worker in places or at >= self._world.now - RING_SECONDS):
-                if self._world.outcomes[name][datagram] and self._world.received_ns(datagram) > resume.twice_until_ns:
-                    self._world.uncounted[name] += 1
-                self._world.outcomes[name][datagram] += 1  # sent; or counted, as it is no more in the ring
+                self._send(name, datagram)  # or it is counted, as it is no more in the ring
+
+    def _send(self, name: str, datagram: Datagram) -> None:
+        """Send a copy to a collector; it is counted as perhaps sent twice if another node may have sent it before."""
+        self._world.outcomes[name][datagram] += 1
+        self.accounts[name][SENT] += 1
+        resume = self._own[name]
+        if resume and self._world.received_ns(datagram) < resume.twice_until_ns:
+            self.accounts[name][PERHAPS_TWICE] += 1
+        else:
+            self.once[name].append(datagram)
 
     def arrive(self, worker: str, datagram: Datagram) -> None:
         """Let a datagram come by the bus."""
@@ -83,7 +102,7 @@ class Relay:
         self._ring.append((self._world.now, key, self.counts[key], datagram))
         self.counts[key] += 1
         for name in self._own:
-            self._world.outcomes[name][datagram] += 1
+            self._send(name, datagram)
 
     def fetch(self, origin: str, numbers: range) -> None:
         """Let datagrams of another node come by the uplink."""
@@ -112,13 +131,21 @@ class World:
         monkeypatch.setattr(shared.serving_nodes, "time", clock)
         self.outcomes: defaultdict[str, Counter[Datagram]] = defaultdict(Counter)
         """By collector: how often each datagram was sent to it, or counted."""
-        self.uncounted = Counter[str]()
-        """By collector: copies of datagrams that it had had, and that would not be counted as perhaps sent twice."""
         self.broken: set[str] = set()
         self._flows_at: dict[str, float] = {}
         self._fetched = Counter[tuple[str, str]]()
         self.sent = Counter[str]()
         self.nodes = {name: Relay(name, self, minority) for name in NODES}
+
+    @property
+    def uncounted(self) -> dict[str, list[Datagram]]:
+        """By collector: what was sent to it twice, and not counted as perhaps sent twice."""
+        once = {name: Counter[Datagram]() for name in CLIENTS}
+        for node in self.nodes.values():
+            for name, sent in node.once.items():
+                once[name].update(sent)
+        found = {name: [each for each, copies in some.items() if copies > 1] for name, some in once.items()}
+        return {name: some for name, some in found.items() if some}
 
     @property
     def now_ns(self) -> int:
@@ -184,6 +211,8 @@ class World:
         (("bc", "ab"), 15, [("bc", 0, 20), ("ab", 3, 1)]),
         (("ab", "bc", "ac"), 3, [("ab", 0, 10), ("ac", 3, 6), ("bc", 0, 6)]),
         (("ab", "bc", "ac"), 15, [("ab", 1, 10), ("ac", 3, 6), ("bc", 0, 6)]),
+        (("ab", "bc", "ac"), 15, [("bc", 1, 0), ("ab", 0, 2), ("ac", 0, 6)]),
+        (("ab", "bc", "ac"), 3, [("bc", 0, 0), ("ab", 0, 20), ("ac", 5, 20)]),
     ],
 )
 def test_nothing_is_lost_in_silence_where_links_heal_one_after_the_other(
@@ -195,7 +224,7 @@ def test_nothing_is_lost_in_silence_where_links_heal_one_after_the_other(
 ) -> None:
     """Each datagram that a node has taken in is sent to each collector by one of them, or counted.
 
-    What is sent once more behind a take-over is counted, too.
+    What two of them send is counted, too: by the one that takes over, or by the one that others have missed.
     """
     world = World(monkeypatch, minority)
     world.pass_time(8)
@@ -215,4 +244,4 @@ def test_nothing_is_lost_in_silence_where_links_heal_one_after_the_other(
     }
     assert {name: some[:3] for name, some in lost.items() if some} == {}
     assert world.outcomes.keys() == CLIENTS.keys()
-    assert world.uncounted == {}
+    assert {name: some[:3] for name, some in world.uncounted.items()} == {}

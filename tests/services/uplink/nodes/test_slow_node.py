@@ -8,6 +8,7 @@ import pytest
 from services.uplink.nodes.beats import beat_subject, unparse_beat
 from services.uplink.nodes.cluster import TOLD_NS, Cluster
 from services.uplink.nodes.membership import BEAT_SECONDS, SILENT_SECONDS
+from shared.bus.bodies.nodes_message import Node
 from shared.fanout.sending.perhaps_twice import LOOK_SECONDS, LOOKS, PerhapsTwice
 from shared.ledger.counters import PERHAPS_TWICE, SENT
 
@@ -67,6 +68,36 @@ def test_a_node_that_was_missed_counts_what_it_sent_meanwhile(late: float, hears
         assert sent - told <= counted <= sent + COPIES * (LOOKS * LOOK_SECONDS + 3) / BEAT_SECONDS
         world.pass_time(30)
         assert world.counted == before + counted
+
+
+def test_a_node_that_two_others_missed_one_within_the_other_counts_all_of_both() -> None:
+    """What it sent while one node missed it is counted once that is heard again, though another one was heard before.
+
+    Nothing is counted twice.
+    """
+    perhaps_twice, account, now = PerhapsTwice(lambda: now), Counter[str](), 0.0
+
+    def pass_time(seconds: int, b: tuple[int, int], c: tuple[int, int]) -> None:
+        nonlocal now
+        for _ in range(seconds):
+            now += 1
+            account[SENT] += COPIES
+            nodes = [
+                Node(name, "silent" if silent else "live", 9000 * silent, missed=missed)
+                for name, (silent, missed) in (("b", b), ("c", c))
+            ]
+            perhaps_twice.note(nodes, {"siem": account})
+
+    heard, unheard = (0, 0), (1, 0)
+    pass_time(10, heard, heard)
+    pass_time(60, unheard, heard)
+    pass_time(60, unheard, unheard)
+    pass_time(10, unheard, (0, 1))
+    assert COPIES * 60 <= account[PERHAPS_TWICE] <= COPIES * (60 + LOOKS + 1)
+    pass_time(10, (0, 1), (0, 1))
+    assert COPIES * 130 <= account[PERHAPS_TWICE] <= COPIES * (130 + LOOKS + 1)
+    pass_time(60, (0, 1), (0, 1))
+    assert account[PERHAPS_TWICE] <= COPIES * (130 + LOOKS + 1)
 
 
 def test_a_node_that_comes_counts_what_it_sends_until_others_leave_off() -> None:
