@@ -71,7 +71,7 @@ def test_a_node_that_was_missed_counts_what_it_sent_meanwhile(late: float, hears
 
 
 def test_a_node_that_two_others_missed_one_within_the_other_counts_all_of_both() -> None:
-    """What it sent while one node missed it is counted once that is heard again, though another one was heard before.
+    """A node counts what it sent while another one missed it once it hears that again, though it heard a third before.
 
     Nothing is counted twice.
     """
