@@ -77,13 +77,16 @@ def expired(kept: Iterable[Kept], limits: Bounds, now_ns: int, free: int) -> lis
     >>> [each.segment.number for each in expired([two, stuck], Bounds(150, 0, 0), 9 * SECOND, 0)]
     [1, 2]
     """
-    kept = sorted(_timed(kept, now_ns), key=lambda each: (each.ended_ns, each.segment.stream, each.segment.number))
+    kept = [*kept]
     over = sum(each.size for each in kept) - limits.size if limits.size else 0
     short = limits.free - free if limits.free else 0
+    since_ns = now_ns - int(limits.age_seconds * SECOND) if limits.age_seconds else 0
+    if over <= 0 and short <= 0 and all(each.ended_ns >= since_ns for each in kept):  # as nearly each time
+        return []
+    kept = sorted(_timed(kept, now_ns), key=lambda each: (each.ended_ns, each.segment.stream, each.segment.number))
     going = []
     for each in kept:
-        too_old = limits.age_seconds and each.ended_ns < now_ns - limits.age_seconds * SECOND
-        if each.busy or not (over > 0 or short > 0 or too_old):
+        if each.busy or not (over > 0 or short > 0 or each.ended_ns < since_ns):
             continue
         going.append(each)
         if not each.stuck:

@@ -310,7 +310,7 @@ class Member:
                 try:
                     await bucket.put(write)
                 except LogError as error:  # where the connection fails, the session ends it
-                    self._troubles.say(f"places {name}", f"{error}: the place that {name} has reached is not kept")
+                    self._troubles.say("places", f"{error}: places that collectors have reached are not kept")
                     self._pasts[name] = self._pasts.pop(name)  # the others go first
                     await asyncio.sleep(BEAT_SECONDS)
                     continue
