@@ -25,7 +25,7 @@ LARGE = ("large", "larger")
 
 
 def test_a_place_that_the_server_refuses_keeps_no_other_one_back(tmp_path: Path) -> None:
-    """However many are refused, that is said once; they are tried again, and the connection and other places go on."""
+    """A refusal of any number is said once; they are tried again, and the connection and other places go on."""
 
     async def work(server: NatsServer) -> None:
         own = Uplink(servers=(server.address,), site="a", registry="of-test", replicas=1)
