@@ -161,7 +161,9 @@ def lose_address(site: Changing) -> None:
     """The forwarder's socket has an address that the relay has no more."""
     site.relay.run("ip", "address", "add", "10.2.0.9/24", "dev", "out")
     site.relay.run("ip", "route", "replace", "10.9.0.0/16", "via", SIEMS[4][0], "src", "10.2.0.9")
-    site.register(Entry("sourced", (FAR[4], 9004), "relay", {}))
+    place = FAR[4], 9004
+    site.opened.enter_context(closing(Counted(site.site, *place)))  # else its host refuses what comes
+    site.register(Entry("sourced", place, "relay", {}))
     site.wait_for_reason("")
     site.relay.run("ip", "address", "del", "10.2.0.9/24", "dev", "out")
     site.route()
