@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +21,7 @@ class Background(threading.Thread):
             self.join()
 
 
-class Reading(Background):
+class Reading(Background, ABC):
     """Takes what comes to a socket."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -34,9 +35,9 @@ class Reading(Background):
             with suppress(TimeoutError):
                 self.take(*self.socket.recvfrom(1 << 16))
 
+    @abstractmethod
     def take(self, payload: bytes, peer: Any) -> None:
         """Take a datagram, and the address that it came from."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Stop, and close the socket."""

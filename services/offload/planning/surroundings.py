@@ -124,7 +124,7 @@ class Surroundings:
         with suppress(OSError):  # no answer: what was known is as good as anything
             self._own = {packed[own] for own in self._routes.own_among(packed)} if self._routes else set()
         wanted = {link.index: link for link in self.next_hops.links if link.ethernet and link.name in self._wanted}
-        # What arrives by a port of a bridge or a bond arrives there, too: it would be copied twice.
+        # A datagram that arrives by a port of a bridge or a bond arrives there, too: it would be copied twice.
         interfaces = {link.name: link.mtu for link in wanted.values() if link.master not in wanted}
         listeners = {name: self._expanded(places) for name, places in self._listeners.places.items()}
         # A socket keeps its address though this host has it no more, and can't send from there until it is back.
