@@ -107,6 +107,7 @@ class Tried:
                 self.said = before + [line["event"] for line in lines]
             session.ended.set()
             await running
+            self.said = before + [line["event"] for line in lines]  # also of what was said last
             assert until(), (self.said, self.counted, self.came)
 
         with capture_logs() as lines:
