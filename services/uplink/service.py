@@ -334,7 +334,7 @@ class Service:
         self._delivery.end()
         began = time.monotonic()
         quiet_at = began + QUIET_SECONDS
-        while (now := time.monotonic()) < min(quiet_at, began + INPUT_SECONDS):
+        while (now := time.monotonic()) < began + INPUT_SECONDS and (now < quiet_at or not self._batches.handed_over):
             before = self._sending.taken()
             self._sending.turn()
             self._keep_up()

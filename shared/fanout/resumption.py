@@ -4,11 +4,13 @@ A sender that ends asks the workers to hold their batches (`hold_topic`), and it
 (`again_topic`), by a name that no other reader of the bus knows. For a journal, whose name is no secret, workers hold
 the latest batches at any time, and keep them when they were handed on. Until a worker has handed on all of them, its
 other messages wait. So nothing is lost, and copies are in order. What comes both ways is a repeat, by its position.
+
+Once a worker holds, all that it has published before has come too: the sender takes batches until each one tells so.
 """
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -18,10 +20,12 @@ from shared.bus.messages import Again, Message, again_topic, datagrams_topic, ho
 from shared.bus.zmq_sockets import Subscriber
 from shared.log import get_logger
 
+HEEDED: Final = ".heeded"
+"""Ends a name for which nothing is held. A worker answers that when it has heeded what was asked for before."""
 TABLE: Final = "resumption/"
 KEY: Final = "key"
 """Table and counter by which a process leaves a secret to its successor."""
-PATIENCE_SECONDS: Final = 2.0
+PATIENCE_SECONDS: Final = 5.0
 """Time for the next message of what was held. A worker that has ended, or is of an earlier release, sends none."""
 MAX_WAITING: Final = 2048
 MAX_WAITING_BYTES: Final = 64 << 20
@@ -92,13 +96,22 @@ class Resumption:
         self._awaited: set[Worker] = set()
         """Workers that still have to hand on what they have held."""
         self._waiting = WaitingMessages()
+        self._asked: set[Worker] = set()
+        """Workers that have not told yet that they hold for the next process."""
         self._resumed = 0
         self._deadline = 0.0
 
-    def hand_over(self) -> None:
-        """Ask workers to hold what they publish from now on: this process ends."""
+    def hand_over(self, workers: Iterable[Worker] = ()) -> None:
+        """Ask workers to hold what they publish from now on: this process ends. These are to tell that they do."""
         own = f"{self._name}.{self._own[KEY]:x}" if self._own else self._name
         self._subscriber.subscribe(hold_topic(own))
+        self._asked = set(workers)
+        for worker, _ in self._asked:
+            self._subscriber.subscribe(again_topic(worker, own + HEEDED))
+
+    def handed_over(self, living: Container[Worker]) -> bool:
+        """Return whether all workers hold that were asked to, and that live."""
+        return not any(worker in living for worker in self._asked)
 
     def tables(self) -> dict[str, KeptCounts]:
         """Return what is to be kept for the next process."""
@@ -118,6 +131,9 @@ class Resumption:
     def order(self, message: Message) -> Sequence[Message]:
         """Return the messages that are to be handled now that this one has come."""
         body, worker = message.body, (message.envelope.sender, message.envelope.boot)
+        if isinstance(body, Again) and message.topic.endswith(HEEDED + "/"):
+            self._asked.discard(worker)
+            return ()
         if not self._awaited:
             return () if isinstance(body, Again) else (message,)
         if not isinstance(body, Again):

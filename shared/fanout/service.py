@@ -61,8 +61,8 @@ BUSY_SECONDS: Final = 0.05
 APPLY_SHARE: Final = 10
 """Applying registry changes takes at most one part in this many of the loop's time; changes wait for each other."""
 QUIET_SECONDS: Final = 0.25
-INPUT_SECONDS: Final = 1.5
-"""After SIGTERM the workers may still flush: input ends when nothing has come for a while, or after this."""
+INPUT_SECONDS: Final = 2.0
+"""After SIGTERM input ends when workers hold for the next process and nothing has come for a while, or after this."""
 DRAIN_SECONDS: Final = 2.75
 """Time after SIGTERM for all of the drain: the process ends within 4 s though ZeroMQ may linger for one more."""
 
@@ -367,24 +367,24 @@ class CopyService(CopySender[D]):
     def _drain(self) -> None:
         """Send what still comes, then what waits for collectors; drop and count the rest before the last report."""
         if self._collectors.clients:
-            self._resumption.hand_over()
-        began = time.monotonic()
-        quiet_at, drained_by = began + QUIET_SECONDS, began + DRAIN_SECONDS
-        while (now := time.monotonic()) < min(quiet_at, began + INPUT_SECONDS):
-            handled = self._turn()
+            self._resumption.hand_over(self._streams.publishing)
+        began = heard_at = time.monotonic()
+        while (now := time.monotonic()) < began + INPUT_SECONDS:
+            if now >= heard_at + QUIET_SECONDS and self._resumption.handed_over(self._streams.publishing):
+                break
             self._keep_up()
-            if handled:
-                quiet_at = time.monotonic() + QUIET_SECONDS
+            if self._turn():
+                heard_at = time.monotonic()
             else:
                 self._collectors.shares.begin_wait()
-                self._subscriber.socket.poll(self._pause_ms(quiet_at - now))
+                self._subscriber.socket.poll(self._pause_ms(heard_at + QUIET_SECONDS - now))
                 self._collectors.shares.end_wait()
         self._take_all(self._awaited.give_up())
         self._send_all()
         self._collectors.departed.close_all()
-        while self.held and (now := time.monotonic()) < drained_by:
+        while self.held and (now := time.monotonic()) < began + DRAIN_SECONDS:
             self._work_at = now + self.work()
-            time.sleep(self._pause_ms(drained_by - now) / 1000)
+            time.sleep(self._pause_ms(began + DRAIN_SECONDS - now) / 1000)
         self.held.clear(STOPPED)
         self._report(ended=True)
         log.info("drained", service=self.name, accounts=self._collectors.accounts())

@@ -44,12 +44,13 @@ SETTLED: Final = "settled/"
 
 @dataclass(slots=True)
 class _Worker:
-    """A worker's last report: its time, the streams in it, and whether those are all."""
+    """A worker's last report: its time, the streams in it, whether those are all, and whether it was the last one."""
 
     started_ns: int
     heard_at: float = 0.0
     streams: set[str] = field(default_factory=set)
     whole: bool = False
+    ended: bool = False
 
 
 class Unserved(NamedTuple):
@@ -183,6 +184,11 @@ class FollowedStreams:
         return {origin: worker.started_ns for origin, worker in self._workers.items() if worker.heard_at > after}
 
     @property
+    def publishing(self) -> set[tuple[str, int]]:
+        """Names and boot ids of those of them that have not ended in order."""
+        return {origin for origin in self.workers if not self._workers[origin].ended}
+
+    @property
     def flowing(self) -> bool:
         """Return whether there are workers, none hangs, and each is known to have seen every subscription.
 
@@ -261,7 +267,7 @@ class FollowedStreams:
             worker = self._workers[key] = _Worker(status.started_ns)
             self.came_and_gone.append((WORKER_CAME, envelope.sender))
         worker.streams.update(name.removeprefix(STREAM) for name in status.accounts if name.startswith(STREAM))
-        worker.heard_at = time.monotonic()
+        worker.heard_at, worker.ended = time.monotonic(), status.ended
         self._hanging.discard(envelope.sender)
         missed = self._note_ends(envelope.sender, status)
         if not worker.whole and status.piece + 1 == status.pieces:

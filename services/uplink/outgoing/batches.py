@@ -101,7 +101,12 @@ class BusBatches:
 
     def hand_over(self) -> None:
         """Ask workers to hold what they publish from now on: this process ends."""
-        self._resumption.hand_over()
+        self._resumption.hand_over(self._streams.publishing)
+
+    @property
+    def handed_over(self) -> bool:
+        """Return whether all that live do."""
+        return self._resumption.handed_over(self._streams.publishing)
 
     def keep_up(self) -> None:
         """Do what is due each second."""

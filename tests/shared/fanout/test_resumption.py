@@ -83,10 +83,18 @@ def test_nobody_is_waited_for_too_long() -> None:
 def test_end_of_a_sender_asks_for_its_successor() -> None:
     """A sender that ends asks all workers to hold batches, by a name that it leaves to its successor alone."""
     successor = Successor()
-    successor.resumption.hand_over()
+    successor.subscriptions.clear()
+    successor.resumption.hand_over([FIRST, SECOND])
     (kept,) = successor.resumption.tables().values()
     assert hold_topic(f"forwarder.1.{kept['key']:x}") in successor.subscriptions
     assert kept != Successor().resumption.tables()["resumption/"]
+    assert not successor.resumption.handed_over([FIRST, SECOND])
+    for worker in (FIRST, SECOND):
+        (asked,) = (each for each in successor.subscriptions if each.startswith(f"again/{worker[0]}/"))
+        message = Message(asked, Envelope(1, "", *worker, 0, 0), END, None)
+        assert successor.resumption.order(message) == ()
+        assert successor.resumption.handed_over([FIRST])
+        assert successor.resumption.handed_over([SECOND]) == (worker == SECOND)
 
 
 def test_one_that_has_handed_on_all_leaves_room_for_others() -> None:

@@ -6,10 +6,12 @@ import pytest
 
 from shared.bus import zmq_sockets
 from shared.bus.bodies.template_messages import Templates, templates_topic
-from shared.bus.messages import Status
+from shared.bus.messages import Again, Message, Status, again_topic
 from shared.datagrams.gathered import Gathered
+from shared.fanout import service as module
+from shared.fanout.resumption import HEEDED
 from shared.settings.entries import Stream
-from tests.builders import make_client
+from tests.builders import make_client, make_envelope
 from tests.shared.fanout.catch_up.test_catch_up import A, Sender
 
 
@@ -46,3 +48,31 @@ def test_batches_go_together_while_a_collector_joins(tmp_path: Path, monkeypatch
         sender.service._send_all()
         assert sent == [15, 10]
         assert sender.service._collectors.accounts()["collector/one"]["expected"] == 10
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_sender_that_ends_waits_for_workers_that_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    """It takes what they publish until each one has told that it holds for the next process, however slow it is."""
+    monkeypatch.setattr(zmq_sockets, "LINGER_MS", 0)
+    monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(module, "INPUT_SECONDS", 60.0)
+    with Sender(tmp_path) as sender:
+        sender.serve(make_client("one"))
+        sender.take("status/", Status("ingest.1", 1, 1, 1, 0, 1, {}, ended=ended), "ingest.1")
+        turns = 0
+
+        def turn() -> int:
+            nonlocal turns
+            turns += 1
+            if turns == 2:
+                sender.publish(A, 5)
+            elif turns == 3:
+                topic = again_topic("ingest.1", f"forwarder.1.abc{HEEDED}")
+                sender.service._resumption.order(Message(topic, make_envelope(0, 0), Again("end", 0)))
+            return 0
+
+        monkeypatch.setattr(sender.service, "_turn", turn)
+        sender.service._drain()
+        assert sender.service._collectors.accounts()["collector/one"].get("expected", 0) == (0 if ended else 5)
