@@ -445,7 +445,8 @@ def _shared() -> Iterator[Provocation]:
         yield partial(load_roles, keys_of)
         (keys_of / "settings.toml").write_text("=")
         yield partial(load, keys_of / "settings.toml", {})
-        with _lock(keys_of / "pool.1"):
-            yield partial(_lock, keys_of / "pool.1")
+        held = _lock(keys_of / "pool.1")
+        yield partial(_lock, keys_of / "pool.1")
+        os.close(held)
     yield partial(load, None, {"FANWIRE_BUS__NOTHING": "1"})
     yield Memory(1, "[ingest] memory").measure

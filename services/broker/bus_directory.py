@@ -1,12 +1,11 @@
 """The bus directory, taken for one broker and kept: a lock that others may remove, and the socket files beside it."""
 
-import fcntl
 import os
 from pathlib import Path
 from typing import Final
 
 from shared.bus.zmq_sockets import broker_is_up, prepare_directory
-from shared.process.kept_directory import KeptDirectory
+from shared.process.file_locks import KeptDirectory, lock_at_once
 from shared.process.lifecycle import CANT_CREATE, OperatorError
 
 ENDPOINTS: Final = ("publish", "subscribe")
@@ -29,17 +28,16 @@ class BusDirectory:
     def _take(self) -> None:
         try:
             prepare_directory(self._path)
-            self._lock = (self._path / LOCK).open("w")
+            lock = os.open(self._path / LOCK, os.O_WRONLY | os.O_CREAT, 0o600)
         except OSError as error:
             raise OperatorError(CANT_CREATE, f"bus directory {self._path}: {error.strerror}") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock_at_once(lock)
         except OSError as error:
-            self._lock.close()
             why = _another(self._path)
             if not isinstance(error, BlockingIOError):
                 why = (
-                    f"{self._lock.name} can't be locked: {error.strerror}; "
+                    f"{self._path / LOCK} can't be locked: {error.strerror}; "
                     "set a [bus] directory on a local file system, or allow flock(2)"
                 )
             raise OperatorError(CANT_CREATE, why) from None
@@ -48,21 +46,25 @@ class BusDirectory:
     def missing(self) -> list[str]:
         """Return the files that others have removed; due every second."""
         self._kept.hold()
-        lock = [] if os.fstat(self._lock.fileno()).st_nlink else [LOCK]
+        lock = [] if os.fstat(self._lock).st_nlink else [LOCK]
         return lock + [name for name in ENDPOINTS if not (self._path / name).exists()]
 
     def take_again(self) -> None:
         """Make the directory and its lock anew. OperatorError when another broker has taken them meanwhile."""
-        self._lock.close()
+        self._release()
         self._take()
 
     def close(self) -> None:
         """Let go of the directory, without the socket files, which libzmq leaves there."""
-        if not self._lock.closed:
+        if self._lock >= 0:
             for name in ENDPOINTS:
                 (self._path / name).unlink(missing_ok=True)  # while we hold the lock they can't be a successor's
-            self._lock.close()
+            self._release()
         self._kept.close()
+
+    def _release(self) -> None:
+        os.close(self._lock)
+        self._lock = -1
 
 
 def _another(path: Path) -> str:

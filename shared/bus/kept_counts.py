@@ -8,7 +8,6 @@ A process may be killed between any two stores. So what has to change together c
 and gets into it with the next sheet, at once.
 """
 
-import fcntl
 import mmap
 import os
 import struct
@@ -23,6 +22,7 @@ import msgspec
 from shared.bus.zmq_sockets import HANDED_ON
 from shared.client import Client
 from shared.log import get_logger
+from shared.process.file_locks import lock_at_once
 
 NAME: Final = b"fanwire"
 MAGIC: Final = int.from_bytes(NAME + b"2", "little")
@@ -221,13 +221,7 @@ class KeptFile:
 def _lock(path: Path) -> int:
     """Open and lock a file, and return its descriptor. BlockingIOError: another process has it."""
     follow = 0 if path.parent == HANDED_ON else os.O_NOFOLLOW
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | follow, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    return lock_at_once(os.open(path, os.O_RDWR | os.O_CREAT | follow, 0o600))
 
 
 def read_sheet(content: bytes) -> tuple[Sheet, tuple[int, int]]:

@@ -3,7 +3,6 @@
 A start reads the names of all segments, and of those that a journal left open the end: what is not whole is cut off.
 """
 
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -17,6 +16,7 @@ from shared.journal.records import Reached, RecordError
 from shared.journal.segment_reader import UNREADABLE, SegmentReader
 from shared.journal.segment_writer import seal_left, sync_directory
 from shared.journal.segments import Segment, parse_name
+from shared.process.file_locks import lock_at_once
 from shared.settings.values import Name
 
 DIRECTORY_MODE: Final = 0o750
@@ -66,13 +66,7 @@ class Lock:
 def _lock(directory: Path) -> int:
     """Return a descriptor that has the lock."""
     directory.mkdir(DIRECTORY_MODE, parents=True, exist_ok=True)
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    return lock_at_once(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
 
 
 def streams_in(directory: Path) -> list[str]:

@@ -26,7 +26,7 @@ from services.gateway.registry.revisions import largest_number
 from shared.bus.bodies.fields import Number
 from shared.client import Client, Withheld
 from shared.log import get_logger
-from shared.process.kept_directory import KeptDirectory
+from shared.process.file_locks import KeptDirectory
 from shared.process.lifecycle import FAILED, OperatorError
 
 SCHEMA: Final = (

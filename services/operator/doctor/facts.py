@@ -2,7 +2,6 @@
 
 import ctypes
 import errno
-import fcntl
 import os
 import pwd
 import resource
@@ -30,6 +29,7 @@ from shared.net.addresses import resolve
 from shared.net.netlink import RTN_LOCAL, Link, Netlink
 from shared.net.queues import Queue, Queues
 from shared.net.udp_sockets import UdpSocket, udp_sockets
+from shared.process.file_locks import lock_at_once
 from shared.settings.entries import Stream
 from shared.settings.location import VARIABLE
 from shared.settings.model import Settings
@@ -252,15 +252,9 @@ def _is_cleaned(directory: Path) -> bool:
     if not directory.is_dir() or not CLEANED & {*directory.resolve().parents} or which("systemd-tmpfiles") is None:
         return False
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        os.close(lock_at_once(os.open(directory, os.O_RDONLY | os.O_DIRECTORY)))
     except OSError:
         return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
     return True
 
 

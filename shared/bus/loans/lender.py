@@ -11,12 +11,13 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 import numpy as np
 
 from shared.log import get_logger
 from shared.net.sockets import PathSocket, close_listener
+from shared.process.file_locks import lock_at_once
 from shared.process.lifecycle import CANT_CREATE, OperatorError
 
 CHUNK: Final = 2 << 20
@@ -224,9 +225,9 @@ class Lender:
             return False
 
     def _make_anew(self) -> bool:
-        if not os.fstat(self._lock.fileno()).st_nlink:
+        if not os.fstat(self._lock).st_nlink:
             lock = _lock(self._path)
-            self._lock.close()
+            os.close(self._lock)
             self._lock = lock
         elif self._listener.in_place:
             return False
@@ -265,20 +266,18 @@ class Lender:
         if not self._resting:
             self._unwatch(self._listener)
         close_listener(self._listener)
-        self._lock.close()
+        os.close(self._lock)
 
 
-def _lock(path: Path) -> BinaryIO:
-    """Lock a path; the kernel releases the lock when this process ends."""
-    lock = lock_path(path).open("wb")
+def _lock(path: Path) -> int:
+    """Lock a path, and return the descriptor that holds the lock."""
+    descriptor = os.open(lock_path(path), os.O_WRONLY | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock_at_once(descriptor)
     except OSError:
-        lock.close()
         number = path.suffix[1:]
         raise OperatorError(
             CANT_CREATE,
             f"another ingest worker on {path.parent} has number {number}; stop it, or start this one with "
             "HONCHO_PROCESS_NAME=ingest.N, a number that no other has",
         ) from None
-    return lock
