@@ -1,11 +1,13 @@
 import socket
 from collections.abc import Mapping
 from contextlib import closing
+from itertools import pairwise
 from threading import Event
 from types import SimpleNamespace
 
 import pytest
 
+from services.offload.kernel_routes import KernelRoutes
 from services.offload.planning import surroundings as module
 from services.offload.planning.planner import Place, Way
 from services.offload.planning.surroundings import Surroundings
@@ -143,6 +145,30 @@ def test_an_mtu_that_a_router_tells_of_is_heeded(monkeypatch: pytest.MonkeyPatch
                 sender.connect((address, 9))
                 sender.send(bytes(1400))
                 wait_until(lambda: mtu() == 1300, lambda: f"the MTU is the router's, not {mtu()}")
+
+
+def test_questions_for_mtus_take_a_small_part_of_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are asked every five seconds, or more seldom where there are so many that they take long."""
+    spent, now, asked = [0.0], [100.0], list[float]()
+
+    def ask(seconds: float) -> dict[Place, int]:
+        asked.append(now[0])
+        spent[0] += seconds
+        return {}
+
+    def asked_in_a_minute(seconds: float) -> list[float]:
+        monkeypatch.setattr(KernelRoutes, "mtus", lambda *_: ask(seconds))
+        asked.clear()
+        for _ in range(60):
+            now[0] += 1.0
+            surroundings.refresh()
+        return [later - earlier for earlier, later in pairwise(asked)]
+
+    clocks = SimpleNamespace(monotonic=lambda: now[0], thread_time=lambda: spent[0])
+    monkeypatch.setattr(module, "time", clocks)
+    with closing(Surroundings(SETTINGS)) as surroundings:
+        assert asked_in_a_minute(0.001) == [5.0] * 11
+        assert asked_in_a_minute(0.4) == [20.0] * 2
 
 
 def test_a_port_is_no_interface_beside_its_bridge() -> None:
