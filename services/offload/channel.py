@@ -4,6 +4,9 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
@@ -17,8 +20,12 @@ CREDENTIALS: Final = struct.Struct("=iII")
 """struct ucred: process, user, group (unix(7)); the kernel fills it in."""
 ANCILLARY: Final = socket.CMSG_SPACE(CREDENTIALS.size)
 CHUNK: Final = 1 << 16
+WAITS: Final = 10
+"""Waits, each of a socket's time limit, after which the other end counts as one that does not answer. While this
+process stands still, one of them passes at most: where a machine was paused, the other end has stood still with it."""
 
 T = TypeVar("T", bound=msgspec.Struct)
+Result = TypeVar("Result")
 
 
 RequestKind = Literal["apply", "count", "reload"]
@@ -54,8 +61,10 @@ class UnfitError(ValueError):
 def send(sock: socket.socket, body: msgspec.Struct) -> None:
     """Send a request or an answer. ClosedError when the other end is; OSError when it does not take it in time."""
     data = pack(body)
+    left = memoryview(LENGTH.pack(len(data)) + data)
     try:
-        sock.sendall(LENGTH.pack(len(data)) + data)
+        while left:
+            left = left[_wait_for(partial(sock.send, left)) :]
     except (BrokenPipeError, ConnectionResetError):
         raise ClosedError from None
 
@@ -77,7 +86,8 @@ def _read(sock: socket.socket, length: int, sender: int) -> bytes:
     data = bytearray()
     while len(data) < length:
         try:
-            piece, ancillary, _, _ = sock.recvmsg(min(CHUNK, length - len(data)), ANCILLARY if sender else 0)
+            size = min(CHUNK, length - len(data))
+            piece, ancillary, _, _ = _wait_for(partial(sock.recvmsg, size, ANCILLARY if sender else 0))
         except ConnectionResetError:
             raise ClosedError from None
         if not piece:
@@ -92,6 +102,14 @@ def _read(sock: socket.socket, length: int, sender: int) -> bytes:
                 raise UnfitError(f"sent by process {processes}, not by {sender}")
         data += piece
     return bytes(data)
+
+
+def _wait_for(call: Callable[[], Result]) -> Result:
+    """Call until the socket is ready. TimeoutError when it never was."""
+    for _ in range(WAITS - 1):
+        with suppress(TimeoutError):
+            return call()
+    return call()
 
 
 def name_error(error: OSError) -> str:

@@ -7,11 +7,11 @@ import socket
 from contextlib import suppress
 from typing import Final
 
-from services.offload.channel import Answer, ClosedError, Request, RequestKind, UnfitError, receive, send
+from services.offload.channel import WAITS, Answer, ClosedError, Request, RequestKind, UnfitError, receive, send
 from services.offload.kernel_plan import KernelPlan
 
 ANSWER_SECONDS: Final = 10.0
-"""Time for the applier to answer: a plan of 10,000 copies takes two."""
+"""Time for the applier to answer, as far as the planner itself runs: a plan of 10,000 copies takes two."""
 ENDED: Final = "the applier has ended, and its rules with it"
 
 
@@ -32,7 +32,7 @@ class ApplierLink:
         if self.channel is None:
             return Answer(0, self.reason)
         request = Request(kind, next(self._numbers), plan)
-        self.channel.settimeout(seconds)
+        self.channel.settimeout(seconds / WAITS)
         try:
             send(self.channel, request)
             while (answer := receive(self.channel, Answer)).number != request.number:

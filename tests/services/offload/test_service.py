@@ -12,8 +12,8 @@ import pytest
 
 from services.offload.channel import Answer, RequestKind
 from services.offload.kernel_plan import NO_COPIES, KernelPlan
-from services.offload.planning.applier_link import ApplierLink
-from services.offload.service import OffloadService
+from services.offload.planning.applier_link import ANSWER_SECONDS, ApplierLink
+from services.offload.service import TICK_SECONDS, OffloadService
 from shared.bus.bodies.offload_messages import PATHS_TOPIC, CollectorPath, KernelCopies, OffloadPaths, OffloadReply
 from shared.bus.messages import REGISTRY_TOPIC, Status, offload_topic, status_topic
 from shared.bus.zmq_sockets import Subscriber
@@ -28,6 +28,7 @@ from tests.openly import OpenStack
 from tests.services.offload.planning.test_planner import client, plan
 from tests.services.offload.site import EXPORTERS, OUT, PORT, RELAY, SIEMS, Listening, OffloadSite, exporters
 from tests.stack import PATIENCE_SECONDS, Running, wait_until
+from tests.traffic import pause
 
 pytestmark = pytest.mark.usefixtures("lab")
 SETTINGS = f"""
@@ -306,6 +307,26 @@ def test_applier_that_stands_still_is_ended_with_its_rules(open_stack: OpenStack
         wait_until(lambda: around.marked(listener, socks[0]) == 0, "the rules are gone")
         list(siem.take())
         siem.assert_quiet()
+
+
+def test_halves_that_stand_still_together_go_on_with_their_rules(open_stack: OpenStack) -> None:
+    """A machine that is paused while the planner waits for an answer ends no healthy applier."""
+    with played(open_stack) as around, ExitStack() as opened:
+        listener, socks, _ = serve_first(around, opened)
+        planner, (applier,) = around.offload.process.pid, children(around.offload.process.pid)
+        os.kill(applier, signal.SIGSTOP)
+        pause(2 * TICK_SECONDS)  # the planner asks for the counters each second
+        os.kill(planner, signal.SIGSTOP)
+        pause(ANSWER_SECONDS)
+        generation = around.marked(listener, socks[0])
+        os.kill(planner, signal.SIGCONT)
+        pause(0.2)
+        os.kill(applier, signal.SIGCONT)
+        accounts_when(around.bus, "offload.1", lambda told: told["offload"]["applier"])
+        assert around.marked(listener, socks[0]) == generation > 0
+        around.gateway.change(2, left=["first"])
+        wait_until(lambda: around.marked(listener, socks[0]) == 0, "the rules follow the registry")
+        assert not around.offload.events("the kernel makes no copies")
 
 
 @pytest.mark.parametrize("required", [False, True])

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from services.offload.channel import LENGTH, Answer, Request, receive, send
+from services.offload.channel import LENGTH, WAITS, Answer, Request, receive, send
 from services.offload.kernel_plan import MAX_REQUEST
 from services.offload.planning.applier_link import ApplierLink
 
@@ -67,6 +67,24 @@ def test_silence_is_taken_for_the_end(pair: tuple[ApplierLink, socket.socket]) -
     link, _ = pair
     assert link.ask("count", seconds=0.05).error == f"{GONE} (TimeoutError)"
     assert link.channel is None
+
+
+def test_time_in_which_both_ends_stand_still_is_no_silence() -> None:
+    """A planner whose wait is over when it goes on waits anew: the applier may have been stopped with it."""
+
+    class StoodStill(socket.socket):
+        stops = WAITS - 1
+
+        def recvmsg(self, *arguments: int) -> tuple[bytes, list[tuple[int, int, bytes]], int, object]:
+            if self.stops:
+                self.stops -= 1
+                raise TimeoutError
+            return super().recvmsg(*arguments)
+
+    ours, applier = socket.socketpair()
+    with closing(ApplierLink(StoodStill(fileno=ours.detach()), "")) as link, applier:
+        send(applier, Answer(1))
+        assert link.ask("count") == Answer(1)
 
 
 def test_without_an_applier_there_is_a_reason() -> None:
