@@ -6,7 +6,7 @@ The sockets are plain ones, to be polled with the rest; pyroute2 knows the forma
 import errno
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -65,6 +65,8 @@ KERNEL: Final = 0
 NLMSG_ERROR: Final = 2
 NLMSG_DONE: Final = 3
 ARPHRD_ETHER: Final = 1
+SHARING: Final = frozenset({"macvlan", "macvtap", "ipvlan", "ipvtap"})
+"""Kinds of links that have their frames from the link below as they are."""
 IFF_UP: Final = 1
 IFF_RUNNING: Final = 0x40
 """The link has carrier, as far as the driver knows; without it the kernel drops what is sent, in silence."""
@@ -92,7 +94,8 @@ T = TypeVar("T")
 class Link:
     """A network interface. `ethernet` says whether its frames are Ethernet; `address` is then its 6 bytes.
 
-    `master` is the number of the bridge or bond that it is a port of; 0: none.
+    `master` is the number of the bridge or bond that it is a port of; 0: none. `below` is that of the link from which
+    it has its frames as they are, as a macvlan has; 0: none. A VLAN has its frames in another form.
     """
 
     index: int
@@ -102,6 +105,7 @@ class Link:
     mtu: int
     up: bool
     master: int = 0
+    below: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +303,38 @@ def _link(message: Any) -> Link:
         message.get_attr("IFLA_MTU") or 0,
         message["flags"] & IFF_UP != 0 and message["flags"] & IFF_RUNNING != 0,
         message.get_attr("IFLA_MASTER") or 0,
+        message.get_attr("IFLA_LINK") or 0 if _kind(message) in SHARING and not _is_abroad(message) else 0,
     )
+
+
+def _kind(message: Any) -> str:
+    info = message.get_attr("IFLA_LINKINFO")
+    return (info and info.get_attr("IFLA_INFO_KIND")) or ""
+
+
+def _is_abroad(message: Any) -> bool:
+    """Return whether the link that another one is made of is in another namespace, where numbers are others."""
+    return message.get_attr("IFLA_LINK_NETNSID") is not None
+
+
+def stacked(links: Collection[Link], names: Collection[str]) -> dict[str, str]:
+    """Return those of some links upon which another of them stands, with the name of that one, at any depth.
+
+    What arrives by the first arrives by the other, too.
+    """
+    upon: dict[int, list[int]] = {}
+    for link in links:
+        upon.setdefault(link.index, []).append(link.master)
+        upon.setdefault(link.below, []).append(link.index)
+    wanted = {link.index: link.name for link in links if link.name in names}
+    found = {}
+    for index, name in wanted.items():
+        above = [index]
+        for lower in above:  # grows meanwhile
+            above += [each for each in upon.get(lower, ()) if each and each not in above]
+        if uppers := wanted.keys() & above[1:]:
+            found[name] = wanted[min(uppers)]
+    return found
 
 
 def _own_address(message: Any) -> str:

@@ -12,6 +12,8 @@ from shared.client import Trouble
 from shared.fanout.sending.next_hops import Egress, EgressKind, NextHops
 from shared.fanout.sending.route_scope import RouteScope
 from shared.ledger.counters import INTERFACE_DOWN
+from shared.log import get_logger
+from shared.net.netlink import stacked
 from shared.net.queues import Drops, Queues
 from shared.net.udp_sockets import udp_sockets
 from shared.settings.entries import Stream
@@ -27,6 +29,8 @@ MTU_SHARE: Final = 50
 """These questions take at most one part in this many of a core: 10,000 ways take 0.2 to 0.4 s."""
 WITHOUT: Final = {INTERFACE_DOWN: "the link to it is down"}
 """Reasons by the cause for which there is no way; by any other there is no route."""
+
+log = get_logger()
 
 
 class Surroundings:
@@ -47,6 +51,7 @@ class Surroundings:
         self._connected: set[Place] = set()
         """Collectors to which a socket is connected now."""
         self._wanted = settings.offload.interfaces
+        self._stacked: Mapping[str, str] = {}
         self._listeners = FollowedListeners(_offloaded(settings))
 
     def apply_settings(self, settings: Settings) -> None:
@@ -125,13 +130,27 @@ class Surroundings:
         packed = {each.packed: str(each) for each in asked}
         with suppress(OSError):  # no answer: what was known is as good as anything
             self._own = {packed[own] for own in self._routes.own_among(packed)} if self._routes else set()
-        wanted = {link.index: link for link in self.next_hops.links if link.ethernet and link.name in self._wanted}
-        # A datagram that arrives by a port of a bridge or a bond arrives there, too: it would be copied twice.
-        interfaces = {link.name: link.mtu for link in wanted.values() if link.master not in wanted}
+        links = self.next_hops.links
+        wanted = {link.name: link.mtu for link in links if link.ethernet and link.name in self._wanted}
+        lower = stacked(links, wanted)
+        self._note_stacked(lower)
+        interfaces = {name: mtu for name, mtu in wanted.items() if name not in lower}
         listeners = {name: self._expanded(places) for name, places in self._listeners.places.items()}
         # A socket keeps its address though this host has it no more, and can't send from there until it is back.
         relays = {place: source for place, source in self._relays.items() if source[0] in self._own}
         return Facts(listeners, interfaces, self._way_to, relays, troubled)
+
+    def _note_stacked(self, lower: Mapping[str, str]) -> None:
+        """Say by which interfaces the kernel makes no copies: what arrives there would be copied above once more."""
+        if lower != self._stacked:
+            self._stacked = lower
+            for name, upper in lower.items():
+                log.warning(
+                    "[offload] interfaces names two by which the same datagrams arrive: the kernel copies by the upper "
+                    "one alone; name one of them",
+                    lower=name,
+                    upper=upper,
+                )
 
     def _expanded(self, places: list[Place]) -> set[Place]:
         """Return the places that other hosts reach; 0.0.0.0 and ::, which is dual-stack, are all of our addresses."""

@@ -19,7 +19,7 @@ from services.operator.commands.running.ready import OPTIONAL, SERVICES
 from services.operator.doctor.facts import by_service, host_facts, listen, network_facts, service_facts
 from services.operator.doctor.host import check_host
 from services.operator.doctor.host_names import check_host_names, look_up
-from services.operator.doctor.kernel_copies import check_kernel_copies
+from services.operator.doctor.kernel_copies import check_interfaces, check_kernel_copies
 from services.operator.doctor.listening import check_listening
 from services.operator.doctor.listening_facts import listening_facts
 from services.operator.doctor.network_paths import check_network_paths
@@ -132,6 +132,7 @@ def _examine_network(
     yield from check_listening(listening_facts(settings, netlink.is_local), accounts, settings)
     links = netlink.links()
     yield from check_host(host_facts(settings, links), settings)
+    yield from check_interfaces(settings, links)
     seen = network_facts(settings, netlink, links, [collector.address for collector in collectors])
     yield from check_network_paths(seen, collectors, settings.transmitter.destinations)
 

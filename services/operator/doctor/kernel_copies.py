@@ -1,11 +1,12 @@
-"""The copies that the kernel makes: whether offload runs, and whom it serves. No I/O."""
+"""The copies that the kernel makes: whether offload runs, by which interfaces, and whom it serves. No I/O."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from shared.bus.bodies.offload_messages import CollectorPath
 from shared.ledger.accounts import Accounts, egress_accounts
 from shared.ledger.counters import APPLIER
 from shared.monitoring.finding import Finding, ok, some, warning
+from shared.net.netlink import Link, stacked
 from shared.settings.model import Settings
 
 NAME = "kernel_copies"
@@ -38,6 +39,17 @@ def check_kernel_copies(
     for path in paths.values():
         if path.way != "kernel":
             yield ok(NAME, f"by {path.way}, not by the kernel: {path.reason}", path.name)
+
+
+def check_interfaces(settings: Settings, links: Collection[Link]) -> Iterator[Finding]:
+    """Yield a warning for each interface that is named beside one upon it."""
+    for name, upper in stacked(links, settings.offload.interfaces).items():
+        yield warning(
+            NAME,
+            f"what arrives by {name} arrives by {upper}, too: the kernel copies it by {upper} alone",
+            f"take {name} or {upper} out of [offload] interfaces",
+            name,
+        )
 
 
 def _dropped(accounts: Mapping[str, Accounts]) -> dict[str, int]:

@@ -6,6 +6,7 @@ from threading import Event
 from types import SimpleNamespace
 
 import pytest
+from structlog.testing import capture_logs
 
 from services.offload.kernel_routes import KernelRoutes
 from services.offload.planning import surroundings as module
@@ -190,6 +191,29 @@ def test_a_port_is_no_interface_beside_its_bridge() -> None:
             relay.run("ip", "link", "set", "dev", "port", "nomaster")
             wait_until(lambda: interfaces() == {"bridge", "port"}, "it is not any more")
             bridge.remove()
+
+
+def test_an_interface_is_none_beside_one_that_stands_upon_it() -> None:
+    """At any depth: a bridge has what arrives by the link of a macvlan that is its port. The log names both, once."""
+    settings = Settings(offload=Offload(interfaces=("bridge", "link")))
+    with Host() as relay, Host() as exporter, relay.entered(), closing(Surroundings(settings)) as found:
+
+        def interfaces() -> set[str]:
+            found.apply_events()
+            return {*found.gather({}).interfaces}
+
+        with veth(End(relay, "link"), End(exporter, "far")), capture_logs() as logs:
+            between = End(relay, "between", mac="02:00:00:00:00:08")
+            between.make("macvlan", "mode passthru", over="link")
+            End(relay, "bridge", mac="02:00:00:00:00:09").make("bridge")
+            wait_until(lambda: interfaces() == {"bridge", "link"}, "both are seen")
+            assert logs == []
+            relay.run("ip", "link", "set", "dev", "between", "master", "bridge")
+            wait_until(lambda: interfaces() == {"bridge"}, "the bridge has what arrives by the link")
+            (line,) = logs
+            assert (line["lower"], line["upper"]) == ("link", "bridge")
+            between.remove()
+            wait_until(lambda: interfaces() == {"bridge", "link"}, "they have nothing in common any more")
 
 
 def test_no_copy_comes_from_an_address_that_this_host_has_no_more() -> None:

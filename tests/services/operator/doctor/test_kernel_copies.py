@@ -1,6 +1,7 @@
-from services.operator.doctor.kernel_copies import check_kernel_copies
+from services.operator.doctor.kernel_copies import check_interfaces, check_kernel_copies
 from shared.bus.bodies.offload_messages import CollectorPath
 from shared.ledger.accounts import Accounts
+from shared.net.netlink import Link
 from shared.settings.model import Settings
 from shared.settings.tables import Offload
 
@@ -43,6 +44,25 @@ def test_offload_that_does_nothing_is_told_where_it_is_asked_for() -> None:
     assert told(SETTINGS, {"offload.1": {"offload": {"applier": 0}}}, PATHS) == [
         ("warning", "", "offload has no process with CAP_NET_ADMIN: the kernel makes no copies")
     ]
+
+
+def test_interfaces_that_stand_upon_one_another_are_told() -> None:
+    """A bond that is a port of a bridge has all of its own ports' datagrams there; a VLAN has none of its link's."""
+    settings = Settings(offload=Offload(interfaces=("eth0", "br0", "eth1", "eth1.7")))
+    links = [
+        Link(1, "eth0", True, bytes(6), 1500, True, master=2),
+        Link(2, "bond0", True, bytes(6), 1500, True, master=3),
+        Link(3, "br0", True, bytes(6), 1500, True),
+        Link(4, "eth1", True, bytes(6), 1500, True),
+        Link(5, "eth1.7", True, bytes(6), 1500, True),
+    ]
+    (found,) = check_interfaces(settings, links)
+    assert (found.level, found.subject, found.why) == (
+        "warning",
+        "eth0",
+        "what arrives by eth0 arrives by br0, too: the kernel copies it by br0 alone",
+    )
+    assert found.cure == "take eth0 or br0 out of [offload] interfaces"
 
 
 def test_drops_where_copies_leave_are_told() -> None:
