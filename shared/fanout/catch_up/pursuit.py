@@ -80,6 +80,8 @@ class Pursuit(StreamPlace):
         """Of the window's next batch."""
         self._stray_at: dict[Worker, float] = {}
         """The time of the last datagrams of workers of which they had not come live."""
+        self._asked_up_to: dict[Worker, int] = {}
+        """The counts for which the journal was asked once more, of such workers."""
         self._short_since: float | None = None
         """The time since which the journal has been at its end, and less was there than was published."""
         self._ahead_since: float | None = None
@@ -246,6 +248,9 @@ class Pursuit(StreamPlace):
             if any(each < 0 for each in ahead):
                 self._exhausted = True
                 self._read_again()
+            elif more := self._kept_since(window, followed):
+                self._asked_up_to |= more
+                self._read_again()
             elif not self._strays(followed):
                 self.state = PursuitState.LIVE
         return self.state
@@ -303,6 +308,15 @@ class Pursuit(StreamPlace):
         ahead = {worker for worker, total in self._totals.items() if reached.get(worker, 0) < total}
         self._stray_at = {worker: self._stray_at.get(worker, now) for worker in ahead}
         return any(at > now - STRAY_SECONDS for at in self._stray_at.values())
+
+    def _kept_since(self, window: Window, followed: Mapping[Worker, Position]) -> dict[Worker, int]:
+        """Return how far the journal has come since it was asked, with workers of which it alone has had anything.
+
+        The last of them it may never give: it is asked once.
+        """
+        known = ((worker, max(at, self._asked_up_to.get(worker, 0))) for worker, at in self._totals.items())
+        heads = ((worker, at, window.heads.get(worker, 0)) for worker, at in known if worker not in followed)
+        return {worker: head for worker, at, head in heads if head > at}
 
     def _read_again(self) -> None:
         self.state, self._at_end, self._short_since = PursuitState.READING, False, None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Final, NamedTuple
 
-from shared.bus.continuity import Worker
+from shared.bus.continuity import MAX_POSITIONS, Worker
 from shared.datagrams.batch import DatagramBatch
 
 SECONDS: Final = 2.0
@@ -89,6 +89,8 @@ class Window:
         """By worker: the range of its count that the journal may lack, since it was restarted."""
         self._open: set[Worker] = set()
         """Workers of which the journal has told only that count: what it took first comes behind."""
+        self.heads: dict[Worker, int] = {}
+        """The counts that the journal told of last, also of workers of which nothing came."""
 
     def add(self, numbered: Numbered) -> None:
         """Keep a batch that has just come; those of a worker come in the order of its count."""
@@ -112,6 +114,9 @@ class Window:
         """
         if boot != self._journal_boot:
             self._journal_boot, self._opening = boot, {}
+        self.heads.update(reached)
+        while len(self.heads) > MAX_POSITIONS:  # those known longest go, and come again if they live
+            del self.heads[next(iter(self.heads))]
         for worker, count in reached.items():
             run = self._runs.get(worker)
             confirmed = run.confirmed if run else 0

@@ -234,12 +234,34 @@ def test_each_datagram_comes_once_and_in_order_whatever_happens(seed: int) -> No
         assert numbers == sorted(numbers)
         unknown = min(numbers, default=count) if killed or down else 0  # nobody knows what came before
         first = world.owed_from.get(worker, unknown)
-        # A worker's last datagrams are not missed if the bus loses them, nor is a worker of which it loses all.
-        known = world.followed[worker].reached if worker in world.followed else world.told.get(worker, 0)
+        # A worker's last datagrams are not missed if the bus loses them, nor is a worker of which it loses all, unless
+        # the journal had begun to tell of it.
+        heard = max(world.told[worker], world.window.heads.get(worker, 0)) if worker in world.told else 0
+        known = world.followed[worker].reached if worker in world.followed else heard
         owed = {(worker, number) for number in range(first, known)}
         unexplained += len(owed - set(world.got) - world.lost)
     assert unexplained <= world.missing
     assert not unexplained or (killed and down), "one fault at a time loses nothing"
+
+
+def test_what_the_journal_gets_of_a_worker_that_never_came_live_is_had_too() -> None:
+    """The bus loses all of it on its way here, and the worker ends: the journal's report tells that there is more."""
+    worker, now = ("ingest.1", 7), 0.0
+    window, pursuit = Window(lambda: now), Pursuit("messages", 1, Counter(), lambda: now)
+    numbered = [Numbered(worker, number, number, make_batch([b"x"])) for number in range(9)]
+    for kept in range(1, 9):
+        pursuit.queue(numbered[:kept])
+        pursuit.note_portion(None, (), 0, at_end=True)
+        while step := pursuit.next_step(window, {}, 9):
+            pursuit.advance(step)
+        assert pursuit.check(window, {}) is PursuitState.WINDOW
+        window.confirm(1, {worker: kept + 1})
+        assert pursuit.check(window, {}) is PursuitState.READING
+    pursuit.note_portion(None, (), 0, at_end=True)  # it has told of more than it can give
+    pursuit.check(window, {})
+    now += STRAY_SECONDS
+    assert pursuit.check(window, {}) is PursuitState.LIVE
+    assert pursuit.totals == {worker: 8}
 
 
 def test_without_a_journal_the_window_has_all_that_can_be_had() -> None:
