@@ -122,7 +122,8 @@ def changed_ns(directory: Path) -> int:
 def find_changed(directory: Path, some: Iterable[Kept]) -> list[tuple[Kept, Kept | None]] | OSError:
     """Return those of a stream's segments that have another name by now, as they are then; None: they are gone."""
     try:
-        names = {each.name for each in directory.iterdir()}
+        with os.scandir(directory) as files:
+            names = {file.name for file in files}
     except FileNotFoundError:
         names = set()
     except OSError as error:

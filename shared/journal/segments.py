@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
@@ -47,15 +48,20 @@ class Segment:
         '20261128T173000.000000007Z-000042.pcapng'
         """
         seconds, rest = divmod(self.began_ns, SECOND)
-        at = datetime.fromtimestamp(seconds, UTC)
         state = f"{'.open' if self.is_open else ''}.pcapng{BAD if self.is_bad else ''}{self.packed}"
-        return f"{at:%Y%m%dT%H%M%S}.{rest:09}Z-{self.number:06}{state}"
+        return f"{_time(seconds)}.{rest:09}Z-{self.number:06}{state}"
 
     @property
     def names(self) -> set[str]:
         """Return the names under which it may be by now: it may be sealed, or compressed by another program."""
         sealed = replace(self, is_open=False)
         return {self.name, sealed.name, *(replace(sealed, packed=each).name for each in PACKED)}
+
+
+@lru_cache(maxsize=1 << 16)
+def _time(seconds: int) -> str:
+    """Return the time in a name; all names of a stream are wanted whenever one of them changes."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y%m%dT%H%M%S}"
 
 
 def parse_name(stream: str, name: str) -> Segment | None:

@@ -4,19 +4,25 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import datetime, tzinfo
 from pathlib import Path
+from typing import Self
 
 import pytest
 
 from services.journal import stream_journal
-from services.journal.disk_thread import DiskThread
+from services.journal.disk_thread import DiskThread, find_changed
 from services.journal.readers import Readers
 from services.journal.stream_journal import StreamJournal
 from shared.bus.bodies.journal_messages import JournalPortion, JournalRead, Replayed
 from shared.bus.messages import Body
 from shared.datagrams.batch import DatagramBatch
+from shared.journal import segments
 from shared.journal.directory import Lock, segments_in
+from shared.journal.retention import Kept
+from shared.journal.segments import SECOND, Segment
 from shared.ledger.counters import EXPIRED, KEPT_BYTES, SEGMENTS, WRITTEN
 from shared.process.lifecycle import CANT_CREATE
 from tests.builders import BusEnds, PlayedWorker, accounts_when, wait_wanted
@@ -58,6 +64,24 @@ def _numbers(journal: StreamJournal, disk: DiskThread) -> list[int]:
     journal.keep_up()
     disk.collect()
     return [each.number for each in journal.segments()]
+
+
+def test_names_are_made_once_however_often_they_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To write a time costs most of a look at all segments, which follows each change of one."""
+    made = Counter[int]()
+
+    class Counted(datetime):
+        @classmethod
+        def fromtimestamp(cls, at: float, zone: tzinfo | None = None) -> Self:
+            made[int(at)] += 1
+            return super().fromtimestamp(at, zone)
+
+    segments._time.cache_clear()
+    monkeypatch.setattr(segments, "datetime", Counted)
+    kept = [Kept(Segment("flows", number, (7_000_000 + number) * SECOND), 1, 0) for number in range(9)]
+    for _ in range(2):
+        assert find_changed(tmp_path, kept) == [(each, None) for each in kept]
+    assert made == dict.fromkeys(range(7_000_000, 7_000_009), 1)
 
 
 def test_what_others_remove_takes_no_room(journal: StreamJournal, disk: DiskThread) -> None:
