@@ -54,6 +54,7 @@ class _Fault(msgspec.Struct, frozen=True):
 class _State(msgspec.Struct, frozen=True):
     first_seq: int = 0
     last_seq: int = 0
+    subjects: dict[str, int] = {}
 
 
 class _Config(msgspec.Struct, frozen=True):
@@ -115,6 +116,12 @@ class BucketLog:
         self.created = found.created
         self.faults = list(_check(found.config, self.stream, replicas))
         return found.state.last_seq
+
+    async def has(self, key: str) -> bool:
+        """Return whether there is a record under a key, or the server can't tell. LogError without an answer."""
+        subject = subject_of(self._registry, key)
+        found = await self._ask(f"STREAM.INFO.{self.stream}", {"subjects_filter": subject})
+        return found.error is not None or subject in found.state.subjects
 
     def _wanted(self, replicas: int) -> dict[str, object]:
         return {

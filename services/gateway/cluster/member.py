@@ -36,6 +36,8 @@ from shared.settings.model import Settings
 
 BEAT_SECONDS: Final = 1.0
 """Time between two records of the session."""
+LOOK_SECONDS: Final = 5.0
+"""Time between looks whether the log still has what this node has: what was purged by hand, no record tells of."""
 SURE_SECONDS: Final = 0.05
 """The shortest time between two, however many renewals wait for one."""
 SESSION_TTL_SECONDS: Final = 3600
@@ -76,6 +78,7 @@ class Member:
         self._older = False
         """True if the log had lost what this node had read, when it was written last."""
         self._left_at = self._wrote_at = -ANEW_SECONDS
+        self._look_at = 0.0
         self._count = 0
         self._ending = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -247,11 +250,21 @@ class Member:
             self.changes.call(waiting)
             await self._end_overdue(bucket)
             await self._identify(bucket)
+            await self._look(bucket)
             await asyncio.sleep(SURE_SECONDS)
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, began + BEAT_SECONDS - time.monotonic())):
                     await self.changes.wanted.wait()
         await asyncio.Event().wait()  # until this task is cancelled
+
+    async def _look(self, bucket: BucketLog) -> None:
+        """Find out whether the log has lost an entry or an order. Which one is left to chance: in time it is any."""
+        if time.monotonic() < self._look_at or self._restoring:
+            return
+        self._look_at = time.monotonic() + LOOK_SECONDS
+        if key := self.replica.choose_key():
+            with suppress(LogError):  # the next look may be answered
+                self.changes.shrunk |= not await bucket.has(key)
 
     def _session(self, *, live: bool) -> Session:
         """Return the next record of this node's session."""

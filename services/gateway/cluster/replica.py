@@ -4,6 +4,7 @@ A change that is proposed keeps its own entry, which knows the client's connecti
 """
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -325,6 +326,16 @@ class Replica:
             self._changed()
         self.measure_anew()
         self._flush_cache()
+
+    def choose_key(self) -> str:
+        """Return the key of an entry or an order that the log should have, chosen by chance; empty: there is none."""
+        names = {entry.client.name for entry in self.registry.entries()} - self._unlisted
+        orders = {*self.registry.withheld} - self._unlisted_orders
+        known = [*((keys.CLIENT, name) for name in names), *((keys.WITHHELD, name) for name in orders)]
+        if not known:
+            return ""
+        prefix, name = random.choice(known)
+        return prefix + keys.unparse_name(name)
 
     def restore(self) -> None:
         """Write what this node knows and the log lacks, or has lost; to be planned."""

@@ -47,6 +47,10 @@ class Node:
             self.member.replica.receive(*record)
         return self.log.last
 
+    async def has(self, key: str) -> bool:
+        """Return whether there is a record under a key."""
+        return key in self.log.kept
+
     def connect(self) -> asyncio.Task[None]:
         """Begin to keep the session, as a new connection does."""
         bucket: Any = self
@@ -256,6 +260,23 @@ def test_a_list_that_is_gone_too_soon_is_written_anew(days: float | None, monkey
                 await session
         assert node.member._older == (days != 1)
         await end(session)
+
+    run(work)
+
+
+def test_an_entry_that_is_gone_from_the_log_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry that was purged by hand is missed though no record tells of it, and nothing else is written."""
+    monkeypatch.setattr(member_module, "LOOK_SECONDS", 0.0)
+
+    async def work(node: Node) -> None:
+        session = await node.enter()
+        count = node.member._count
+        await until(lambda: session.done() or node.member._count > count + 1)
+        assert not session.done()
+        del node.log.kept["list.client.mine"]
+        with pytest.raises(LogError, match="the registry of the cluster has lost what it had"):
+            await session
+        assert node.member._older
 
     run(work)
 

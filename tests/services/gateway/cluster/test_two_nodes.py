@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from nats.aio.client import Client
 
-from services.gateway.cluster.keys import META, SESSION, stream_name, subject_of, unparse_name
+from services.gateway.cluster.bucket_log import BucketLog
+from services.gateway.cluster.keys import CLIENT, LISTED, META, SESSION, WITHHELD, stream_name, subject_of, unparse_name
 from services.gateway.cluster.records import Gone, Identity, Record, Session, encode, key_of
 from tests.builders import freeze_process
 from tests.services.gateway.cluster.nodes import REGISTRY, Node, accounts_of, agree, in_loop
@@ -330,6 +331,37 @@ def test_a_lost_bucket_is_made_anew(servers: NatsCluster, nodes: tuple[Node, Nod
     assert a.clients()["kept"]["withheld"] is not None
     assert a.ask("release", name="kept")["ok"]
     agree(a, b)
+
+
+@pytest.mark.parametrize("purged", [LISTED, f"{CLIENT}>", f"{WITHHELD}>"])
+def test_what_somebody_purges_is_written_anew(
+    servers: NatsCluster, nodes: tuple[Node, Node], tmp_path: Path, purged: str
+) -> None:
+    """Entries or orders that are purged by hand are missed, though nobody changes anything, and are written again."""
+    a, b = nodes
+    generation = a.register("kept", streams=["messages"], port=9605, address="192.0.2.1")["client"]["generation"]
+    assert b.ask("withhold", name="kept")["ok"]  # so the last record of the list is an order
+    agree(a, b)
+    keys = [f"{CLIENT}kept", f"{WITHHELD}kept"]
+
+    async def purge(client: Client) -> None:
+        what = json.dumps({"filter": subject_of(REGISTRY, purged)}).encode()
+        answer = await client.request(f"$JS.API.STREAM.PURGE.{stream_name(REGISTRY)}", what, 5)
+        assert json.loads(answer.data)["purged"]
+
+    in_loop(servers, purge)
+
+    async def restored(client: Client) -> bool:
+        return all([await BucketLog(client, REGISTRY, "_INBOX_test").has(key) for key in keys])
+
+    wait_until(lambda: in_loop(servers, restored), "all is written again")
+    agree(a, b)
+    with Node(tmp_path / "c", "c", servers) as c:
+        c.begin()
+        agree(a, b, c)
+        assert c.clients()["kept"]["generation"] == generation
+        assert c.clients()["kept"]["withheld"] is not None
+    assert a.ask("release", name="kept")["ok"]
 
 
 def test_a_bucket_of_a_backup_gets_what_the_nodes_have(tmp_path: Path) -> None:
