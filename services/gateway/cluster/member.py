@@ -73,6 +73,8 @@ class Member:
         registry.changes = self.changes
         self._troubles = Troubles()
         self._pasts: dict[str, Write] = {}
+        self._refused: dict[str, Write] = {}
+        """Places that the server did not take, or later ones in their stead."""
         self._past_wanted = asyncio.Event()
         self._created = ""
         self._older = False
@@ -118,7 +120,8 @@ class Member:
         """Write the places that names have reached, some time soon."""
         for name, past in changed.items():
             record = Left(name=name, past=past)
-            self._pasts[name] = Write(key_of(record), encode(record), PAST_SECONDS)
+            some = self._refused if name in self._refused else self._pasts
+            some[name] = Write(key_of(record), encode(record), PAST_SECONDS)
         self._past_wanted.set()
 
     def _note_record(self) -> None:
@@ -317,21 +320,34 @@ class Member:
                 log.warning("a node has gone: its clients' leases are measured by another one", node=record.node)
 
     async def _write_pasts(self, bucket: BucketLog) -> None:
+        """Write what is new first, and between that once a second what was refused."""
+        again_at = 0.0
         while True:
-            while self._pasts:
-                name, write = next(iter(self._pasts.items()))
-                try:
-                    await bucket.put(write)
-                except LogError as error:  # where the connection fails, the session ends it
-                    self._troubles.say("places", f"{error}: places that collectors have reached are not kept")
-                    self._pasts[name] = self._pasts.pop(name)  # the others go first
-                    await asyncio.sleep(BEAT_SECONDS)
-                    continue
-                if self._pasts[name] is write:
-                    del self._pasts[name]
-            self._troubles.end("places", "places that collectors have reached are all kept again")
             self._past_wanted.clear()
-            await self._past_wanted.wait()
+            if self._pasts:
+                await self._write_past(bucket, self._pasts)
+            elif self._refused and time.monotonic() >= again_at:
+                if not await self._write_past(bucket, self._refused):
+                    again_at = time.monotonic() + BEAT_SECONDS
+            else:
+                if not self._refused:
+                    self._troubles.end("places", "places that collectors have reached are all kept again")
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(BEAT_SECONDS if self._refused else None):
+                        await self._past_wanted.wait()
+
+    async def _write_past(self, bucket: BucketLog, some: dict[str, Write]) -> bool:
+        """Write the first of some places; return whether it was not refused."""
+        name, write = next(iter(some.items()))
+        try:
+            await bucket.put(write)
+        except LogError as error:  # where the connection fails, the session ends it
+            self._troubles.say("places", f"{error}: places that collectors have reached are not kept")
+            self._refused[name] = some.pop(name)  # behind the others
+            return False
+        if some[name] is write:
+            del some[name]
+        return True
 
 
 def _setting(event: asyncio.Event) -> Callable[[], Awaitable[None]]:

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from structlog.testing import capture_logs
@@ -18,6 +18,7 @@ from services.gateway.cluster.member import SESSION_TTL_SECONDS, Member
 from services.gateway.cluster.records import GONE_SECONDS, Gone, Identity, encode, key_of
 from services.gateway.registry.changes import ignore, never_keep
 from services.gateway.registry.entry import Entry, Origin
+from services.gateway.registry.reached_places import Past
 from services.gateway.registry.registry import Registry
 from shared.client import Client
 from shared.nats.connection import ConnectError
@@ -277,6 +278,34 @@ def test_an_entry_that_is_gone_from_the_log_is_noticed(monkeypatch: pytest.Monke
         with pytest.raises(LogError, match="the registry of the cluster has lost what it had"):
             await session
         assert node.member._older
+
+    run(work)
+
+
+def test_a_new_place_does_not_wait_for_those_that_are_refused() -> None:
+    """One that is new is the next to be written, however many places the server does not take."""
+
+    class Refusing:
+        tried: ClassVar[list[str]] = []
+
+        async def put(self, write: Write) -> None:
+            self.tried.append(write.key)
+            if "refused" in write.key:
+                raise LogError("the bucket can't be written")
+
+    async def work(node: Node) -> None:
+        bucket: Any = Refusing()
+        past = Past("", 1, 5, ("messages",), ())
+        refused = {f"refused-{number}": past for number in range(9)}
+        writing = asyncio.create_task(node.member._write_pasts(bucket))
+        node.member.keep_pasts(refused)
+        await until(lambda: {*bucket.tried} == {f"past.{name}" for name in refused})
+        for new in ("one", "two"):
+            tried = len(bucket.tried)
+            node.member.keep_pasts(refused | {new: past})
+            await until(lambda: len(bucket.tried) > tried)  # noqa: B023
+            assert bucket.tried[tried] == f"past.{new}"
+        await end(writing)
 
     run(work)
 
