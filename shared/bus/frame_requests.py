@@ -12,8 +12,8 @@ VLAN_TAGS: Final = frozenset({0x8100, 0x88A8, 0x9100, 0x9200, 0x9300})
 """Ethertypes of VLAN tags: IEEE 802.1Q's of customer and service, and those that switches used before the second."""
 UNPACED_PER_SECOND: Final = 50_000
 """An interface that takes large frames more slowly than this is slower than a gigabit."""
-ANSWER_SECONDS: Final = 2.0
-"""Time that the transmitter may take to answer, on top of the time that the frames take."""
+ANSWER_SECONDS: Final = 5.0
+"""Time that the transmitter may take to answer, on top of the time that the frames take: the host may be busy."""
 
 MAX_SENDING_SECONDS: Final = 3600.0
 """Time that the frames of one request may take at their pace: only a few requests may be under way."""

@@ -204,6 +204,7 @@ def test_a_restart_of_an_uplink_costs_nothing(
     pair.send("bonn", *first)
     if number == signal.SIGKILL:
         assert receive(collectors["berlin"], 200) == first
+        pair.accounts("berlin", lambda accounts: "uplink" in accounts)  # it has noted what it has published
     pair.sites[site].uplink.stop(number)
     pair.send("bonn", *meanwhile)
     pair.sites[site].start("uplink")
