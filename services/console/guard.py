@@ -48,6 +48,7 @@ _PLAIN: Final = (b"content-type", b"text/plain; charset=utf-8")
 
 Refusal = tuple[int, str, list[tuple[bytes, bytes]]]
 """A status, a sentence, and headers."""
+ENDS: Final[Refusal] = 503, "the console ends, and there is no answer yet; look again once it runs", [_PLAIN]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +96,16 @@ class Guard:
             refusal = self._lack(changes, headers, token)
         request = _Request(receive)
         if refusal is not None:
-            status, text, more = refusal
             await request.read_rest()
-            await send({"type": "http.response.start", "status": status, "headers": [*HEADERS, *more]})
-            await send({"type": "http.response.body", "body": text.encode() + b"\n"})
+            await _say(send, refusal)
             return
 
+        begun = False
+
         async def send_bound(message: dict[str, object]) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 if scope["method"] == "POST":
                     await request.read_rest()
                 message["headers"] = [*message["headers"], *HEADERS]  # type: ignore[misc]
@@ -111,7 +114,12 @@ class Guard:
         if token is not None and "admin" in token.scopes:
             scope[ADMIN] = Holder(token.name, secret.decode(errors="replace"))
         scope[MAY_SEE] = lambda: not self._remote or self._tokens().get(digest) == token
-        await self._app(scope, request.receive, send_bound)  # type: ignore[arg-type]
+        try:
+            await self._app(scope, request.receive, send_bound)  # type: ignore[arg-type]
+        except asyncio.CancelledError:  # at the console's end, which does not wait for those who wait for others
+            if begun:
+                raise
+            await _say(send, ENDS)
 
     def _refusal(self, method: str, changes: bool, headers: dict[bytes, bytes]) -> Refusal | None:
         """Return what speaks against a request, whoever sends it."""
@@ -140,6 +148,13 @@ class Guard:
         if changes and token is not None and "admin" not in token.scopes:
             return 403, f"{token.name!r} lacks scope admin; add it to its [[token]], or give another token", [_PLAIN]
         return None
+
+
+async def _say(send: Send, refusal: Refusal) -> None:
+    """Answer with a refusal."""
+    status, text, more = refusal
+    await send({"type": "http.response.start", "status": status, "headers": [*HEADERS, *more]})
+    await send({"type": "http.response.body", "body": text.encode() + b"\n"})
 
 
 class _Request:

@@ -250,3 +250,29 @@ def test_a_request_costs_no_more_where_there_are_many_tokens() -> None:
     assert status("GET", "relay", shown) == (200, 1)
     assert status("GET", "relay", b"Bearer nonsense") == (401, 1)
     assert status("GET", "relay", b"Bearer ") == status("GET", "relay") == (401, 0)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_the_end_cuts_is_said_to_be_cut(begun: bool) -> None:
+    """An answer that does not come before the console ends is a sentence instead; one that has begun just stops."""
+    said = list[Any]()
+
+    async def waiting(_scope: Any, _receive: Any, send: Any) -> None:
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    async def cut() -> None:
+        guard = Guard(waiting, None, dict, remote=False)
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+        task = asyncio.ensure_future(guard(scope, None, send))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(cut())
+    assert [message.get("status") for message in said] == ([200] if begun else [503, None])
+    assert begun or said[1]["body"] == b"the console ends, and there is no answer yet; look again once it runs\n"
