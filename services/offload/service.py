@@ -234,10 +234,9 @@ class OffloadService:
 
     def _plan(self, surroundings: Surroundings) -> None:
         """Make a plan of what is known now, if anything has changed."""
-        began = time.monotonic()
-        if not self._dirty or began < self._plan_at or self._replica.version < 0:
+        if not self._dirty or time.monotonic() < self._plan_at or self._replica.version < 0:
             return
-        self._dirty = False
+        self._dirty, began = False, time.thread_time()  # while it stands still, it takes no time
         reason = self._applier.reason or self._workers.reason() or self._marks.reason
         facts = surroundings.gather({key: each for told in self._troubles.values() for key, each in told.items()})
         clients = self._replica.clients.values()
@@ -245,7 +244,7 @@ class OffloadService:
             self._planned = Planned({}, {client.name: reason for client in clients if client.streams})
         else:
             self._planned = make_plan(clients, facts, self._limits, self._number)
-        self._plan_at = time.monotonic() + max(PLAN_SECONDS, PLAN_SHARE * (time.monotonic() - began))
+        self._plan_at = time.monotonic() + max(PLAN_SECONDS, PLAN_SHARE * (time.thread_time() - began))
 
     def _number(self, what: str) -> int:
         if what not in self._numbers:

@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from services.offload import service as module
 from services.offload.channel import Answer, RequestKind
 from services.offload.kernel_plan import NO_COPIES, KernelPlan
 from services.offload.planning.applier_link import ANSWER_SECONDS, ApplierLink
+from services.offload.planning.planner import Facts
+from services.offload.planning.surroundings import Surroundings
 from services.offload.service import TICK_SECONDS, OffloadService
 from shared.bus.bodies.offload_messages import PATHS_TOPIC, CollectorPath, KernelCopies, OffloadPaths, OffloadReply
 from shared.bus.messages import REGISTRY_TOPIC, Status, offload_topic, status_topic
@@ -460,6 +465,25 @@ def test_who_has_left_is_served_no_more_though_the_plan_without_it_is_refused(tm
         assert service._served == set()
         applier.refusing = False
         assert hand_over("b", "c") == {"b", "c"}
+
+
+def test_a_planner_that_was_stopped_while_it_planned_plans_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It rests for as long as planning has taken it, and not for ten times as long as it has stood still."""
+    now = [100.0]
+
+    def gather(_troubled: object) -> Facts:
+        now[0] += 60.0
+        return Facts({}, {}, lambda *_: "", {}, {})
+
+    settings = Settings(bus=Bus(directory=str(tmp_path)))
+    with OffloadService("offload.1", settings, PlayedApplier(), applier_required=False) as service:
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0], thread_time=lambda: 0.0))
+        service._replica.version = 0
+        service._plan(cast(Surroundings, SimpleNamespace(gather=gather)))
+        assert not service._dirty
+        assert service._plan_at == now[0] + module.PLAN_SECONDS
 
 
 def test_a_plan_made_meanwhile_is_told_of_as_soon_as_the_one_before_is_in_the_kernel(tmp_path: Path) -> None:
