@@ -318,7 +318,7 @@ def _is_abroad(message: Any) -> bool:
 
 
 def stacked(links: Collection[Link], names: Collection[str]) -> dict[str, str]:
-    """Return those of some links upon which another of them stands, with the name of that one, at any depth.
+    """Return those of some links upon which another of them stands, at any depth, with the name of the uppermost.
 
     What arrives by the first arrives by the other, too.
     """
@@ -332,8 +332,8 @@ def stacked(links: Collection[Link], names: Collection[str]) -> dict[str, str]:
         above = [index]
         for lower in above:  # grows meanwhile
             above += [each for each in upon.get(lower, ()) if each and each not in above]
-        if uppers := wanted.keys() & above[1:]:
-            found[name] = wanted[min(uppers)]
+        if uppers := [wanted[each] for each in above[1:] if each in wanted]:
+            found[name] = uppers[-1]
     return found
 
 

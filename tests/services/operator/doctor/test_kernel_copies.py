@@ -63,6 +63,10 @@ def test_interfaces_that_stand_upon_one_another_are_told() -> None:
         "what arrives by eth0 arrives by br0, too: the kernel copies it by br0 alone",
     )
     assert found.cure == "take eth0 or br0 out of [offload] interfaces"
+    settings = Settings(offload=Offload(interfaces=("bond0", "br0", "eth0")))
+    assert [(each.subject, each.cure) for each in check_interfaces(settings, links)] == [
+        (lower, f"take {lower} or br0 out of [offload] interfaces") for lower in ("eth0", "bond0")
+    ]
 
 
 def test_drops_where_copies_leave_are_told() -> None:
