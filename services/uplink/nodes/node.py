@@ -117,10 +117,10 @@ class Node:
     def _tell(self, state: NodeState, now: float) -> None:
         """Tell the services here of the nodes, if there is news, or it is time to."""
         told = self._cluster.nodes(state, self._pending())
-        known = told.live, told.majority
+        known = told.live, told.majority, told.serving
         if (now < self._tell_at and known == self._told) or not self._publisher.publish(NODES_TOPIC, told):
             return
-        if known != self._told:
+        if known[:2] != self._told[:2]:
             (log.info if told.majority else log.warning)("nodes of the cluster", live=told.live, majority=told.majority)
         self._told, self._tell_at = known, now + TELL_SECONDS
         if self._cluster.senders_run:

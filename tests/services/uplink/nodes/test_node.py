@@ -2,6 +2,7 @@
 
 from collections import Counter
 from types import SimpleNamespace
+from typing import cast
 from unittest.mock import Mock
 
 import pytest
@@ -206,3 +207,17 @@ def test_two_nodes_of_one_name_are_told_of(parted: World) -> None:
         "another uplink is node a",
         "no other uplink has the name of this node any more",
     ]
+
+
+def test_senders_are_told_at_once_among_which_nodes_they_share_collectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node tells others whom it serves with: its senders know by then, though the same nodes live as before."""
+    world = World(monkeypatch, "serve")
+    for heard in ("b", "c"), ("c",), ():
+        world.pass_time(5, *heard)
+    publish, told = cast(Mock, world.node._publisher.publish), list[tuple[tuple[str, ...], tuple[str, ...]]]()
+    for _ in range(20):
+        world.pass_time(LOOK_SECONDS, "b", "c")
+        nodes = publish.call_args.args[1]
+        assert nodes.serving == world.cluster.beat().serving
+        told.append((nodes.live, nodes.serving))
+    assert list(dict.fromkeys(told)) == [(NODES, ("a", "c")), (NODES, NODES)]
