@@ -22,11 +22,14 @@ from shared.ledger.accounts import Accounts
 from shared.ledger.counters import (
     BASELINE,
     BY_KERNEL,
+    BY_KERNEL_LATE,
     BY_KERNEL_UNSEEN,
     DEFERRED,
+    ELSEWHERE,
     EXPECTED,
     FILTERED,
     HELD,
+    LEFT,
     LEFT_BEHIND,
     MISSED,
     OFFERED,
@@ -92,10 +95,20 @@ class Collectors(Generic[D]):
         """Use `deferred` to find how many of the datagrams that are owed to a collector wait in the journal."""
         self._deferred = deferred
 
-    def note_nodes(self, others: Sequence[Node]) -> None:
-        """Note what the uplink tells of the other nodes of a cluster."""
+    def note_nodes(self, nodes: Sequence[Node]) -> None:
+        """Note what the uplink tells of the nodes of a cluster, this one first."""
         shared = {name: each.account for name, each in self._served.items() if not each.destination.client.node}
-        self._perhaps_twice.note(others, shared)
+        self._perhaps_twice.note(nodes, shared)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Counters of collectors that are not served any more, and of all."""
+        return {
+            LEFT: self.departed.lost,
+            ELSEWHERE: len(self._elsewhere),
+            PERHAPS_TWICE: self._perhaps_twice.left,
+            BY_KERNEL_LATE: self.by_kernel_late,
+        }
 
     def restore(self, sheet: Sheet) -> None:
         """Go on from what the last process has left, before the first registry comes."""
@@ -147,6 +160,8 @@ class Collectors(Generic[D]):
             self.departed.add(name, served)
         self.departed.close_old()
         self._elsewhere = {client.name: client for client in elsewhere}
+        resumes = [client.resume for client in self.clients if client.resume]
+        self._perhaps_twice.until_ns = max(self._perhaps_twice.until_ns, *(each.twice_until_ns for each in resumes), 0)
         self._known = {}
         self._routed.update(dict.fromkeys(self.streams_wanted(), 0))
         self._router.replace(self.clients)
@@ -255,6 +270,9 @@ class Collectors(Generic[D]):
         copied = self.rules.copied(batch)
         leave_out, give_back = (copied.leave_out, copied.give_back) if copied else (None, None)
         yielding = self.past.yielding(batch.stream, joining)
+        late_ns = self._perhaps_twice.until_ns
+        if late_ns and late_ns <= min(each.received_ns for each in batch.batches):
+            late_ns = 0
         for client, selected in self._router.route(batch, leave_out, give_back, yielding):
             served, selection = self._served[client.name], selected
             if copied:
@@ -276,8 +294,8 @@ class Collectors(Generic[D]):
                 served.account[WITHHELD_BY_ADMIN] += count_rows(batch, selection)
             elif selection.indices is None or len(selection.indices):
                 routed.append((served.destination, selection))
-                if client.resume and (until_ns := client.resume.twice_until_ns):
-                    served.account[PERHAPS_TWICE] += count_received_before(until_ns, batch, selection)
+                if late_ns and not client.node:
+                    served.account[PERHAPS_TWICE] += count_received_before(late_ns, batch, selection)
         for name in behind:
             self._served[name].marks[PASSED] += len(batch)
         self.by_kernel_late += copied.late if copied else 0

@@ -43,7 +43,7 @@ from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
 from shared.fanout.templates import NOBODY, TemplateDelivery
 from shared.fanout.waiting_batches import WaitingBatches
 from shared.ledger.accounts import Accounts
-from shared.ledger.counters import BY_KERNEL_LATE, COLLECTOR_COUNTERS, ELSEWHERE, FILES_RESTORED, LEFT, STOPPED
+from shared.ledger.counters import COLLECTOR_COUNTERS, FILES_RESTORED, STOPPED
 from shared.log import get_logger
 from shared.process.lifecycle import CANT_CREATE, Lifecycle, OperatorError, Readiness, pause_for
 from shared.process.reload import Reload
@@ -252,7 +252,7 @@ class CopyService(CopySender[D]):
             self._templates.take(message)
         elif isinstance(body, RegistrySnapshot | RegistryChange | Nodes):
             if isinstance(body, Nodes):
-                self._collectors.note_nodes(body.nodes[1:])
+                self._collectors.note_nodes(body.nodes)
             self._replica.apply_message(envelope, body)
         elif isinstance(body, ServeRequest):
             self._requests.add(envelope.boot, body)
@@ -355,9 +355,7 @@ class CopyService(CopySender[D]):
             **self._replica.account(),
             "bus_rejected": sum(self._subscriber.rejected.values()),
             **self._streams.counters,
-            LEFT: self._collectors.departed.lost,
-            ELSEWHERE: len(self._collectors.elsewhere),
-            BY_KERNEL_LATE: self._collectors.by_kernel_late,
+            **self._collectors.counters,
             FILES_RESTORED: self._restored,
             **self.own_account(),
         }

@@ -261,7 +261,7 @@ NOT_JOURNALED: Final = DROPPED + "not_journaled"
 """The collector was to have them from the journal, which never had them (forwarder, transmitter)."""
 PERHAPS_TWICE: Final = "perhaps_twice"
 """Copies among `sent` that another node may have sent too, before it died or while it missed this one (forwarder,
-transmitter)."""
+transmitter). Their own account has those to collectors that another node serves by now."""
 REVISION: Final = "revision"
 """The revision of the registry, as the bus is told of it (gateway), or as it is served, once there is one (forwarder,
 transmitter, offload): a gauge."""

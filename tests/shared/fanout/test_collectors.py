@@ -1,4 +1,6 @@
+import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -78,10 +80,36 @@ def test_only_collectors_that_others_reach_may_have_got_copies_of_theirs(tmp_pat
     """Another node has served without this one: what was sent is counted, but for a collector that only we reach."""
     life = Life(tmp_path / "kept", make_client("a"), make_client("b", node="here"))
     for missed in (0, 1):
-        life.collectors.note_nodes([Node("there", "live", 0, missed=missed)])
+        life.collectors.note_nodes([Node("here", "live"), Node("there", "live", 0, missed=missed)])
         for account in life.sent.values():
             account["sent"] += 5
-    life.collectors.note_nodes([Node("there", "live", 0, missed=2)])
+    life.collectors.note_nodes([Node("here", "live"), Node("there", "live", 0, missed=2)])
+    assert {name: account["perhaps_twice"] for name, account in life.sent.items()} == {"a": 10, "b": 0}
+    life.end()
+
+
+def test_what_was_sent_to_a_collector_that_was_left_meanwhile_is_counted(tmp_path: Path) -> None:
+    """Another node tells that it has served without this one, which has left a collector to others by then."""
+    life = Life(tmp_path / "kept", make_client("a"))
+    for missed, silent in ((0, False), (0, True), (0, True), (1, False)):
+        state, age_ms = ("silent", 9000) if silent else ("live", 0)
+        life.collectors.note_nodes([Node("here", "live"), Node("there", state, age_ms, missed=missed)])  # type: ignore[arg-type]
+        if silent:
+            life.collectors.replace([])
+        else:
+            for account in life.sent.values():
+                account["sent"] += 5
+    assert life.collectors.counters["perhaps_twice"] == 5
+    life.end()
+
+
+def test_late_copies_that_another_node_may_have_sent_are_counted(tmp_path: Path) -> None:
+    """Another node has served without this one: what was received before it told that, and comes now, is counted."""
+    life = Life(tmp_path / "kept", make_client("a"), make_client("b", node="here"))
+    for missed in (0, 1):
+        life.collectors.note_nodes([Node("here", "live"), Node("there", "live", 0, missed=missed)])
+    for received_ns in (0, time.time_ns()):
+        life.collectors.route(Gathered([replace(make_batch([b""] * 10), received_ns=received_ns)]))
     assert {name: account["perhaps_twice"] for name, account in life.sent.items()} == {"a": 10, "b": 0}
     life.end()
 

@@ -56,7 +56,7 @@ class Relay:
         self.accounts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.once: defaultdict[str, list[Datagram]] = defaultdict(list)
         """By collector: what was sent to it, and not counted as perhaps sent twice."""
-        self._perhaps_twice = PerhapsTwice(clock)
+        self._perhaps_twice = PerhapsTwice(clock, time_ns)
         self.counts = Counter[Worker]()
         self._left_off: dict[str, Counter[Worker]] = {}
         self._ring: list[tuple[float, Worker, int, Datagram]] = []
@@ -64,7 +64,7 @@ class Relay:
 
     def _take_nodes(self, _: str, told: Nodes) -> bool:
         before = {name: account[PERHAPS_TWICE] for name, account in self.accounts.items()}
-        self._perhaps_twice.note(told.nodes[1:], {name: self.accounts[name] for name in self._own})
+        self._perhaps_twice.note(told.nodes, {name: self.accounts[name] for name in self._own})
         for name, counted in before.items():
             del self.once[name][len(self.once[name]) - (self.accounts[name][PERHAPS_TWICE] - counted) :]
         if self._owners.note(told) or not self._owners.settled or not self._owners._owners:

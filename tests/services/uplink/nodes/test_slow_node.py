@@ -44,7 +44,7 @@ class World:
                         cluster.take(beat_subject(beat.node), unparse_beat(beat))
                 if name != "a":
                     cluster.nodes("live", {})
-            self._perhaps_twice.note(self.clusters["a"].nodes("live", {}).nodes[1:], {"siem": self.account})
+            self._perhaps_twice.note(self.clusters["a"].nodes("live", {}).nodes, {"siem": self.account})
 
     @property
     def counted(self) -> int:
@@ -86,7 +86,7 @@ def test_a_node_that_two_others_missed_one_within_the_other_counts_all_of_both()
                 Node(name, "silent" if silent else "live", 9000 * silent, missed=missed)
                 for name, (silent, missed) in (("b", b), ("c", c))
             ]
-            perhaps_twice.note(nodes, {"siem": account})
+            perhaps_twice.note([Node("a", "live"), *nodes], {"siem": account})
 
     heard, unheard = (0, 0), (1, 0)
     pass_time(10, heard, heard)
