@@ -100,7 +100,7 @@ class Place(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The place that a collector has reached in what a worker published on a stream since its boot.
 
     `total` datagrams are behind it, and `sequence` is the number of the message that comes next; `received_ns` is the
-    time of the last one.
+    time of the last one. Of those before, it has not had `lacked`, and nobody knows which ones.
     """
 
     stream: str
@@ -109,6 +109,7 @@ class Place(msgspec.Struct, array_like=True, frozen=True, gc=False):
     sequence: Generation
     total: Generation
     received_ns: Generation = 0
+    lacked: Generation = 0
 
 
 Places = Annotated[tuple[Place, ...], Meta(max_length=MAX_PLACES)]

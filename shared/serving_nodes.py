@@ -13,7 +13,7 @@ from typing import Final, Literal, Self
 
 import msgspec
 
-from shared.bus.bodies.nodes_message import MOST_PENDING, Node, Nodes, NodeState
+from shared.bus.bodies.nodes_message import Node, Nodes, NodeState
 from shared.client import MAX_PLACES, Client, Place, Resume, Source
 from shared.settings.uplink import Uplink
 
@@ -96,8 +96,8 @@ class Owners:
         """Likewise the time at which a collector was heard of that nobody served, and until when that counts."""
         self._left_at: dict[tuple[str, int], float] = {}
         """Likewise the time at which this node has left off serving a collector, or others have begun to since."""
-        self._views: dict[str, tuple[float, tuple[str, ...]]] = {}
-        """By node: the nodes that served without this one, as that one told last, and the time."""
+        self._views: dict[str, dict[tuple[str, ...], float]] = {}
+        """By node: the nodes among which it has shared collectors out lately, as it told; each with the last time."""
         self._resumes: dict[tuple[str, int], tuple[float, Resume]] = {}
         """Likewise of collectors that were taken over: until when they resume, and where."""
 
@@ -120,12 +120,11 @@ class Owners:
             steady = node.state != "live" or (self.settled and not changed)
             if _serves(node) and (node.name not in self._told or (steady and node.age_ms < 1000 * RESUME_SECONDS)):
                 self._told[node.name] = node
-            if node.state == "live" and node.serving and self.own not in node.serving:
-                self._views[node.name] = self._heard_at, node.serving
+            if _serves(node):
+                known, after = self._views.get(node.name, {}), self._heard_at - LEFT_SECONDS
+                told = {serving: at for serving, at in known.items() if at > after}
+                self._views[node.name] = {**told, node.serving: self._heard_at - node.age_ms / 1000}
         self.settled = self.settled and not changed
-        if any(node.pending > MOST_PENDING for node in body.nodes):
-            until = self._heard_at + RESUME_SECONDS  # what comes as late may come twice, too
-            self._resumes = {key: (until, resume) for key, (_, resume) in self._resumes.items()}
         return changed
 
     def check(self) -> bool:
@@ -203,11 +202,13 @@ class Owners:
             owed = client.resume if key in self._unserved else None  # it was owed the past before, of some streams
             resume = owed or Resume(now_ns - int((now - since) * 1e9), client.generation)
             return msgspec.structs.replace(resume, streams=(), twice_until_ns=now_ns)
-        nodes = self._predecessors(client, known, others)
+        nodes = self._predecessors(client, known or owner_of(client.group or client.name, others))
         told = [node.places[source] for node in nodes if source in node.places]
-        if len(told) < len(nodes):  # one may have sent some of what is kept here, or none: all of it is sent
-            left_lately = now < self._left_at.get(key, -inf) + LEFT_SECONDS
-            return Resume(max(0, now_ns - LATE_NS), client.generation * left_lately, twice_until_ns=now_ns)
+        latest = all(node.name == known or self._states.get(node.name) != "silent" for node in nodes)
+        left_lately = now < self._left_at.get(key, -inf) + LEFT_SECONDS
+        if not nodes or len(told) < len(nodes) or (left_lately and not latest):
+            # None has served it since this one has left off, or it is not known how far: all since may be owed.
+            return Resume(max(0, now_ns - LATE_NS), client.generation, twice_until_ns=now_ns)
         wanted = tuple([place for place in _least(told) if client.wants(place.stream)][-MAX_PLACES:])
         since_ns = max(0, min(node.since_ns for node in nodes) - LATE_NS)
         # One that lives has sent more since it told that; so may this node have, where nobody is known to follow it.
@@ -215,16 +216,29 @@ class Owners:
         until_ns = max(now_ns * serves_on, *(node.since_ns for node in nodes))
         return Resume(since_ns, places=wanted, twice_until_ns=until_ns)
 
-    def _predecessors(self, client: Client, known: str, others: Sequence[str]) -> list[Node]:
-        """Return the nodes that may have served a collector: the `known` one, and those that other nodes name.
+    def _predecessors(self, client: Client, first: str) -> list[Node]:
+        """Return the nodes that may have served a collector: the `first` one, those that other nodes name, and others.
 
-        While links heal one after the other, a node does not hear each node that serves.
+        While links heal one after the other, a node does not hear each node that serves, nor does it know at once that
+        one has left a collector to it. What each tells of itself is what counts.
         """
-        key, after = client.group or client.name, self._clock() - VIEW_SECONDS
-        views = [owner_of(key, serving) for at, serving in self._views.values() if at > after]
-        first = known or owner_of(key, others)
-        told = {name: node for name, node in self._told.items() if name == first or self._states.get(name) == "live"}
-        return [told.get(name, Node(name, "silent")) for name in {first, *views} - {self.own, ""}]
+        key, lately = client.group or client.name, self._clock() - VIEW_SECONDS
+        its = self._views.get(first, {})
+        named = {first, *(owner_of(key, serving) for serving, at in its.items() if at == max(its.values()))}
+        for views in self._views.values():
+            named |= {
+                owner_of(key, serving) for serving, at in views.items() if at > lately and self.own not in serving
+            }
+        left_at = self._left_at.get((client.name, client.generation), self._clock())
+        found = []
+        for name in self.nodes:
+            since = left_at - VIEW_SECONDS if name == first else lately
+            its = self._views.get(name, {})
+            last = max(its.values(), default=inf) if name in named else inf  # of these that counts, however old it is
+            owners = {owner_of(key, serving) for serving, at in its.items() if at > since or at == last}
+            if name != self.own and (name in owners or (name in named and not its)):
+                found.append(self._told.get(name, Node(name, "silent")))
+        return found
 
     def _resumed(self, client: Client) -> Client:
         _, resume = self._resumes.get((client.name, client.generation), (0.0, client.resume))
@@ -232,12 +246,15 @@ class Owners:
 
 
 def _serves(node: Node) -> bool:
-    """Return whether a node has served collectors by its last beat. One of an earlier release does not tell that."""
-    return node.name in node.serving or (not node.serving and node.state in ("live", "left"))
+    """Return whether a node has served collectors by its last beat."""
+    return node.name in node.serving
 
 
 def _least(told: Sequence[Sequence[Place]]) -> list[Place]:
-    """Return the earliest place of each worker that all of these nodes have told a place of."""
+    """Return the earliest place of each worker that all of these nodes have told a place of, and the most lacked."""
     tables = [{(each.stream, each.worker, each.boot): each for each in places} for places in told]
-    common = [key for key in tables[0] if all(key in table for table in tables)]
-    return [min((table[key] for table in tables), key=lambda place: place.total) for key in common]
+    common = [[table[key] for table in tables] for key in tables[0] if all(key in table for table in tables)]
+    return [
+        msgspec.structs.replace(min(some, key=lambda place: place.total), lacked=max(place.lacked for place in some))
+        for some in common
+    ]

@@ -53,6 +53,7 @@ READERS_SECONDS: Final = 5.0
 """Time for which their reports are read after they were asked."""
 RESUMED: Final = "resumed/"
 RECEIVING: Final = "receiving/"
+MISSING: Final = "missing/"
 FILL_SECONDS: Final = 0.02
 """Time for which the bus is left alone while a message fills: its queue holds what comes in many times that."""
 WINDOW_SHARE: Final = 8
@@ -112,9 +113,12 @@ class Service:
         self._batches = BusBatches(self.name, self._subscriber, bus.path, self._kept, self._note_other)
         parts = self._batches, journal, self._kept, self._memory, self._troubles
         self._sending = Sending(self._uplink, *parts, self._offered, self._feeds.note_own)
+        self._missing = self._kept.new_counts(left.tables.get(MISSING, {}))
+        """By node: the times at which this one has served without it."""
         self._node: Node | None = None
         if self._uplink.nodes:
-            self._node = Node(self._uplink, self._publisher, self._subscriber, self._account, self._pending)
+            own = self._uplink, self._publisher, self._subscriber, self._account, self._pending
+            self._node = Node(*own, self._settings.journaled, self._missing)
         readers = self._readers, self._ask_readers
         crossed = self._node.note_crossed if self._node else None
         self._delivery = Delivery(self._feeds, self._kept, left.tables, *readers, self._sending.turn, crossed)
@@ -283,8 +287,8 @@ class Service:
 
     def _keep(self) -> None:
         """Keep the counters that there are now; their values are stored as they change."""
-        tables = {**self._sending.tables(), **self._delivery.tables(), **self._resumed}
-        self._kept.keep([], tables, {**self._batches.room(), **_ROOM})
+        tables = {**self._sending.tables(), **self._delivery.tables(), **self._resumed, MISSING: self._missing}
+        self._kept.keep([], tables, {**self._batches.room(), **_ROOM, MISSING[:-1]: self._uplink.nodes})
 
     async def _stay_connected(self) -> None:
         """Connect to one server after the other; use each as long as it lasts."""

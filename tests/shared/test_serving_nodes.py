@@ -32,8 +32,12 @@ class Clock:
 def told(majority: bool = True, **states: NodeState) -> Nodes:
     """The nodes as the uplink of `a` tells of them."""
     all_states: dict[str, NodeState] = {"a": "live", **states}
-    nodes = [Node(name, state, 0, 0, 33, {"relay": PLACES}) for name, state in all_states.items()]
-    return Nodes(majority, nodes, tuple(name for name, state in all_states.items() if state == "live"))
+    live = tuple(name for name, state in all_states.items() if state == "live")
+    serving = {name: () if state == "joining" else tuple(sorted({name, *live})) for name, state in all_states.items()}
+    nodes = [
+        Node(name, state, 0, 0, 33, {"relay": PLACES}, serving=serving[name]) for name, state in all_states.items()
+    ]
+    return Nodes(majority, nodes, live)
 
 
 def owners(minority: str = "serve") -> tuple[Owners, Clock]:
@@ -127,28 +131,6 @@ def test_collectors_of_a_node_that_is_gone_resume_where_it_was(state: NodeState)
     assert all(client.resume is None for client in found.split(clients(), "relay")[0].values())
 
 
-def test_what_comes_late_is_told_apart_for_as_long_as_it_comes() -> None:
-    """While messages of other nodes are still to come, what comes of them may come twice, however late that is."""
-    found, clock = owners()
-    found.note(told(b="live", c="live"))
-    found.split(clients(), "relay")
-    found.note(told(b="silent", c="live"))
-    taken = [name for name, client in found.split(clients(), "relay")[0].items() if client.resume]
-    nodes = told(b="silent", c="live")
-    slow = msgspec.structs.replace(
-        nodes, nodes=[msgspec.structs.replace(node, pending=1000 * (node.name == "b")) for node in nodes.nodes]
-    )
-    for _ in range(100):
-        clock.now += 1
-        found.note(slow)
-        assert not found.check()
-    own, _ = found.split(clients(), "relay")
-    assert taken == [name for name, client in own.items() if client.resume and client.resume.twice_until_ns]
-    clock.now += RESUME_SECONDS
-    found.note(nodes)
-    assert found.check()
-
-
 def test_a_node_that_is_silent_for_long_was_where_it_was_heard_last() -> None:
     """Two nodes die, so nobody serves; one comes back when the uplink knows no more where the other one was."""
     found, _ = owners("hold")
@@ -214,9 +196,9 @@ def test_a_node_without_majority_serves_its_own_as_before() -> None:
 
 
 def test_a_node_without_majority_can_hold() -> None:
-    """With `hold` a node whose uplink says nothing serves none; healed, it goes on where the others have got to.
+    """With `hold` a node whose uplink says nothing serves none; healed, it goes on where it has left off.
 
-    It may have sent more itself, since they told that and before it held.
+    So it is as the others tell that they have not served without it.
     """
     found, clock = owners("hold")
     found.note(told(b="live", c="live"))
@@ -228,7 +210,7 @@ def test_a_node_without_majority_can_hold() -> None:
     healed, _ = found.split(clients(), "relay")
     assert healed.keys() == own.keys()
     resumes = [client.resume for client in healed.values()]
-    assert {(each.places, each.twice_until_ns > 33) for each in resumes if each} == {((PLACES[0],), True)}
+    assert {(each.generation, each.places, each.twice_until_ns > 33) for each in resumes if each} == {(1, (), True)}
     assert None not in resumes
 
 
@@ -288,7 +270,7 @@ def test_the_past_that_a_collector_was_owed_is_owed_still_once_somebody_serves()
     assert resume.twice_until_ns > 0
 
 
-def test_a_collector_of_a_node_that_has_told_no_place_begins_with_all_that_is_kept() -> None:
+def test_a_collector_of_a_node_that_has_told_no_place_begins_where_it_was_heard_of() -> None:
     """A node that is not heard, or runs no sender, tells no place: what it may not have sent is sent, and counted."""
     found, _ = owners()
     silent = [Node("a", "live"), Node("b", "silent"), Node("c", "silent")]
@@ -297,7 +279,7 @@ def test_a_collector_of_a_node_that_has_told_no_place_begins_with_all_that_is_ke
     found.note(Nodes(True, silent, ("a",)))
     after, _ = found.split(clients(), "relay")
     resumes = [after[name].resume for name in after.keys() - own]
-    assert {(resume.generation, resume.places) for resume in resumes if resume} == {(0, ())}
+    assert {(resume.generation, resume.places) for resume in resumes if resume} == {(1, ())}
     assert None not in resumes
 
 
@@ -378,3 +360,15 @@ def test_a_node_that_serves_nobody_tells_no_place() -> None:
     resumes = [client.resume for name, client in served.items() if owner_of(name, "ab") == "b"]
     assert {resume.places[0].total for resume in resumes if resume} == {500}
     assert None not in resumes
+
+
+def test_a_node_that_is_about_to_serve_has_served_nobody_yet() -> None:
+    """A node tells that it lives before it knows among which: its place is then what it has had, and has not sent."""
+    found, _ = owners()
+    found.note(told(b="live", c="live"))
+    own, _ = found.split(clients(), "relay")
+    found.note(heard_by_a("live", node_with("b", 900), node_with("c", 900)))
+    found.note(heard_by_a("live", node_with("b", 900, state="silent"), node_with("c", 900, state="silent")))
+    after, _ = found.split(clients(), "relay")
+    resumes = [after[name].resume for name in after.keys() - own]
+    assert {place.total for resume in resumes if resume for place in resume.places} == {500}

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from math import inf
 from typing import Final
 
@@ -36,7 +36,10 @@ ALONE_REPORTS: Final = 5
 
 
 class Cluster:
-    """A node among the others. `sender` and `boot` are those under which this uplink publishes."""
+    """A node among the others. `sender` and `boot` are those under which this uplink publishes.
+
+    Streams that are `journaled` can be read from any place. What is `missing` is kept over a kill.
+    """
 
     def __init__(
         self,
@@ -47,6 +50,9 @@ class Cluster:
         boot: int,
         clock: Callable[[], float] = time.monotonic,
         time_ns: Callable[[], int] = time.time_ns,
+        *,
+        journaled: Container[str] = (),
+        missing: Counter[str] | None = None,
     ) -> None:
         self.members = Membership(own, nodes, clock)
         self._minority = minority
@@ -60,6 +66,7 @@ class Cluster:
         self._time_ns = time_ns
         self._began, self._began_ns = clock(), time_ns()
         self._numbers = itertools.count(1)
+        self._journaled = journaled
         self._crossings: dict[str, Crossings] = {}
         self._statuses: dict[Source, Assembler[Status]] = {source: Assembler() for source in SENDERS.values()}
         self._reports = 0
@@ -72,13 +79,15 @@ class Cluster:
         self._first_reports: dict[Source, tuple[int, int]] = {}
         """By source: the boot of its sender, and the number of the first report that was heard of that."""
         self._heard_ns: dict[str, int] = {}
+        self._before: dict[str, dict[Key, int]] = {}
+        """By node: where senders here were when its present start was heard first: it owes nothing from before."""
         self._awaited: set[Key] = set()
         """Origins of which senders elsewhere have had more since their last report, and nothing has come here."""
-        self._missing: Counter[str] = Counter()
-        """By node: grows while this one serves without it. It may live, and serve too."""
+        self._missing: Counter[str] = Counter() if missing is None else missing
+        """By node: grows while this one serves without it, over a kill too. It may live, and serve too."""
         self._missing_until: dict[str, float] = {}
-        self._missed_by: dict[str, tuple[int, int]] = {}
-        """By node: its start, and the same count of this node, as it told last."""
+        self._missed_by: dict[str, int] = {}
+        """By node: the same count of this node, as it told last."""
         self._missed: Counter[str] = Counter()
         """By node: grows whenever it tells of a larger one."""
         self._namesake_at = -inf
@@ -88,7 +97,8 @@ class Cluster:
         """Note a batch of another site that was published here, see `Crossings.note`."""
         crossings = self._crossings.get(origin.stream)
         if crossings is None:
-            crossings = self._crossings[origin.stream] = Crossings(self._clock)
+            journaled = origin.stream in self._journaled
+            crossings = self._crossings[origin.stream] = Crossings(self._clock, journaled=journaled)
         crossings.note(origin, there, here)
         self._awaited.discard(origin)
 
@@ -182,18 +192,19 @@ class Cluster:
         """True if all that senders of other live nodes have had came here too, and senders here have all behind it."""
         beats = [beat for beat in map(self.members.beat, self.members.live) if beat]
         return not (beats and self._awaited) and all(
-            self._follows(source, each) for beat in beats for source, each in beat.reached.items()
+            self._follows(beat.node, source, each) for beat in beats for source, each in beat.reached.items()
         )
 
     def _has_any(self, reached: Reached) -> bool:
         crossings = self._crossings.get(reached.stream)
         return reached.site == self.members.own or (crossings is not None and crossings.knows(reached.key))
 
-    def _follows(self, source: Source, reached: list[Reached]) -> bool:
+    def _follows(self, node: str, source: Source, reached: list[Reached]) -> bool:
         known = [each for each in reached if each.site != self.members.own and each.stream in self._crossings]
         begun = self._begun.get(source, {})
         return all(self._crossings[each.stream].has(each.key, each.total) for each in known) and all(
-            place.total >= begun.get((place.worker, place.boot, place.stream), 0) for place in self._places(reached)
+            place.total >= begun.get((place.worker, place.boot, place.stream), 0)
+            for place in self._places(node, reached)
         )
 
     def take(self, subject: str, payload: bytes) -> bool:
@@ -204,7 +215,9 @@ class Cluster:
             self._namesake_at = self._clock()
         if not self.members.note(beat):
             return False
-        if before and before.boot == beat.boot:
+        if before is None or before.boot != beat.boot:
+            self._before[beat.node] = {each.key: each.total for some in self._reached.values() for each in some}
+        else:
             grown = {
                 each for source, some in beat.reached.items() for each in {*some} - {*before.reached.get(source, ())}
             }
@@ -212,10 +225,9 @@ class Cluster:
             if len(self._awaited) > MAX_ORIGINS:
                 self._awaited.clear()
         self._heard_ns[beat.node] = self._time_ns()
-        boot, missed = self._missed_by.get(beat.node, (0, 0))
         told = beat.missed.get(self.members.own, 0)
-        self._missed[beat.node] += boot == beat.boot and told > missed
-        self._missed_by[beat.node] = beat.boot, told
+        self._missed[beat.node] += told > self._missed_by.get(beat.node, told)
+        self._missed_by[beat.node] = told
         return self.members.live != live
 
     def beat(self, state: BeatState | None = None) -> Beat:
@@ -257,18 +269,19 @@ class Cluster:
         beat = self.members.beat(name)
         if beat is None or since is None:
             return Node(name, state, pending=pending)
-        places = {source: list(self._places(reached))[:MAX_NODE_PLACES] for source, reached in beat.reached.items()}
+        places = {
+            source: list(self._places(name, reached))[-MAX_NODE_PLACES:] for source, reached in beat.reached.items()
+        }
         further_ns = 0 if state == "left" else TOLD_NS
         until_ns, missed = self._heard_ns[name] + further_ns, self._missed[name]
         return Node(name, state, int(since * 1000), pending, until_ns, places, missed, beat.serving)
 
-    def _places(self, reached: list[Reached]) -> Iterator[Place]:
+    def _places(self, node: str, reached: list[Reached]) -> Iterator[Place]:
         """Yield where another node's sender is in what the workers of this bus have published."""
-        elsewhere: dict[str, dict[Key, int]] = {stream: {} for stream in self._crossings}
-        for each in reached:
-            if each.site == self.members.own:
-                yield Place(each.stream, each.worker, each.boot, 0, each.total)
-            elif each.stream in elsewhere:
-                elsewhere[each.stream][each.key] = each.total
-        for stream, totals in elsewhere.items():
-            yield Place(stream, self._sender, self._boot, 0, self._crossings[stream].here_at(totals))
+        totals = self._before.get(node, {}) | {each.key: each.total for each in reached}
+        for key, total in totals.items():
+            if key.site == self.members.own:
+                yield Place(key.stream, key.worker, key.boot, 0, total)
+        for stream, crossings in self._crossings.items():
+            here, lacked = crossings.here_at(totals), crossings.lacked(totals)
+            yield Place(stream, self._sender, self._boot, 0, here, lacked=lacked)

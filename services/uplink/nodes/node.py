@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
 from math import inf
 from typing import Final
@@ -49,7 +50,10 @@ _read_ack: Final = msgspec.json.Decoder(Ack).decode
 
 
 class Node:
-    """One node of a cluster. `pending` returns the messages of other nodes that are still to come, as far as known."""
+    """One node of a cluster. `pending` returns the messages of other nodes that are still to come, as far as known.
+
+    For `journaled` and `missing` see `Cluster`.
+    """
 
     def __init__(
         self,
@@ -58,9 +62,12 @@ class Node:
         subscriber: Subscriber,
         account: dict[str, int],
         pending: Callable[[], Mapping[str, int]],
+        journaled: Container[str] = (),
+        missing: Counter[str] | None = None,
     ) -> None:
         self.due_at = 0.0
-        self._cluster = Cluster(uplink.site, uplink.nodes, uplink.minority, publisher.sender, publisher.boot)
+        own = uplink.site, uplink.nodes, uplink.minority, publisher.sender, publisher.boot
+        self._cluster = Cluster(*own, journaled=journaled, missing=missing)
         self._own = uplink.site
         self._publisher = publisher
         self._account = account

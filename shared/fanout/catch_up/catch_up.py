@@ -11,8 +11,6 @@ from functools import cache
 from math import inf
 from typing import Final, Generic
 
-import msgspec
-
 from shared.bus.bodies.template_messages import TemplateDatagram
 from shared.bus.continuity import Position, Worker
 from shared.bus.kept_counts import KeptFile
@@ -26,7 +24,7 @@ from shared.fanout.catch_up.absences import Absences
 from shared.fanout.catch_up.journal_questions import JournalQuestions, Pursued
 from shared.fanout.catch_up.owed import Owed
 from shared.fanout.catch_up.past_sender import BURST_SECONDS, STEP_ROWS, PastSender
-from shared.fanout.catch_up.progress import LeftOff, Progress, with_beginnings, with_successors
+from shared.fanout.catch_up.progress import LeftOff, Progress, possible_places, with_beginnings, with_successors
 from shared.fanout.catch_up.pursuit import GENERATION, Pursuit, PursuitState
 from shared.fanout.catch_up.rings import Rings
 from shared.fanout.collectors import Collectors
@@ -94,6 +92,8 @@ class CatchUp(Generic[D]):
         self._left_off = LeftOff()
         self._before: tuple[Client, ...] = ()
         """The collectors that the last process served, until the first registry comes."""
+        self._served_before: Mapping[str, int] = {}
+        """Likewise, for longer, by generation."""
         self._templates = templates
         collectors.defer_by(self.owed.deferred)
         templates.keep_by(self.keep_templates)
@@ -107,7 +107,7 @@ class CatchUp(Generic[D]):
     def restore(self, clients: Iterable[Client], tables: Mapping[str, Mapping[str, int]]) -> None:
         """Go on with the pursuits that the last process has left, before the collectors' accounts are restored."""
         self._before = tuple(clients)
-        generations = {client.name: client.generation for client in self._before}
+        self._served_before = generations = {client.name: client.generation for client in self._before}
         self._away_ns = tables.get(ALIVE, {}).get(ALIVE_NS, 0)
         for table, kept in tables.items():
             if table.startswith(TABLE):
@@ -214,29 +214,21 @@ class CatchUp(Generic[D]):
         else:
             resume = self._progress.resume(client.name, client.resume)
             pursued = self._begin(client.name, client.generation, stream, max(1, resume.since_ns), counts)
-            places = with_successors(stream, resume.places, self._streams.workers)
+            living = self._streams.workers
+            places = with_successors(stream, resume.places, living)
+            lacked = sum(place.lacked for place in resume.places if place.stream == stream)
             if pursued.pursuit.by_window:
-                here = self._left_off.places(client.name, resume.generation)
-                told = self._possible(stream, resume.places, followed)
-                places = told if here is None else with_beginnings(stream, here, followed)
+                sent = self._served_before.get(client.name) == client.generation
+                places = possible_places(resume.places, living, self.rings[stream], followed, sent=sent)
+                if (here := self._left_off.places(client.name, resume.generation)) is not None:
+                    places, lacked = with_beginnings(stream, here, followed), 0
+            self._collectors.past.count_discovered(client.name, lacked)
+            self._collectors.past.count_unread(client.name, lacked, 0)
             pursued.pursuit.begin(places, followed)
             if stream in self.rings.kept:  # one that was taken over: it is level within some seconds, whatever comes
                 pursued.pace = pursued.pursuit.behind(followed)
                 pursued.twice_until_ns = resume.twice_until_ns
         log.info("a collector begins to catch up", collector=client.name, stream=stream)
-
-    def _possible(self, stream: str, places: Iterable[Place], followed: Mapping[Worker, Position]) -> Iterator[Place]:
-        """Yield the places that another node has told of a stream without a journal, as far as anything is behind them.
-
-        A start that has ended, and of which nothing is here, the last process has followed: it has sent what it had.
-        """
-        living, window = self._streams.workers, self.rings[stream]
-        for place in places:
-            worker = place.worker, place.boot
-            if worker in living or window.find(worker, place.total):
-                yield place
-            elif position := followed.get(worker):
-                yield msgspec.structs.replace(place, total=max(place.total, position.reached - position.unserved))
 
     def _begin(self, name: str, generation: int, stream: str, since_ns: int, counts: Counter[str]) -> Pursued:
         counts[GENERATION] = generation

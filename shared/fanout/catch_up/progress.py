@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Final
 
@@ -13,6 +13,7 @@ from shared.bus.continuity import Position, Worker
 from shared.bus.zmq_sockets import Publisher
 from shared.client import MAX_PLACES, Client, Place, Resume, Source
 from shared.fanout.catch_up.journal_questions import Pursued
+from shared.fanout.catch_up.window import Window
 
 MAX_LEFT: Final = 1024
 """Collectors that have left, and that no other node serves, whose places are known; the first to leave go first."""
@@ -116,6 +117,28 @@ def with_successors(stream: str, places: Iterable[Place], living: Mapping[Worker
             yield Place(stream, *worker, 0, 0, min(living[worker], before.received_ns))
 
 
+def possible_places(
+    places: Iterable[Place],
+    living: Container[Worker],
+    window: Window,
+    followed: Mapping[Worker, Position],
+    *,
+    sent: bool,
+) -> Iterator[Place]:
+    """Yield the places that another node has told of a stream without a journal, as far as anything is behind them.
+
+    A start that has ended, and of which nothing is here, the last process has followed. If that has served the
+    collector, it has `sent` what it had.
+    """
+    for place in places:
+        worker = place.worker, place.boot
+        if worker in living or window.find(worker, place.total):
+            yield place
+        elif position := followed.get(worker):
+            had = position.reached - position.unserved if sent else 0
+            yield msgspec.structs.replace(place, total=max(place.total, had))
+
+
 def with_beginnings(stream: str, places: Iterable[Place], followed: Mapping[Worker, Position]) -> Iterator[Place]:
     """Yield places in a stream, and of each ingest worker that has none where it began to come here.
 
@@ -128,7 +151,7 @@ def with_beginnings(stream: str, places: Iterable[Place], followed: Mapping[Work
             known.add((place.worker, place.boot))
     for worker, position in followed.items():
         if worker not in known and worker[0].startswith("ingest."):
-            yield Place(stream, *worker, 0, position.baseline + position.unserved)
+            yield Place(stream, *worker, 0, position.baseline)
 
 
 class LeftOff:

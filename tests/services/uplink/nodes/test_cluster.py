@@ -123,3 +123,21 @@ def test_a_clock_that_was_set_between_two_starts_makes_no_sender_older(first: in
         status = Status("forwarder.1", 1, 0, number, 0, 1, {"forwarder": {"revision": 0}})
         assert cluster.note_status(make_envelope(sender="forwarder.1"), status)
     assert cluster.serves_already == (first == 60)
+
+
+def test_a_node_that_has_just_begun_lacks_nothing_from_before() -> None:
+    """Of an origin that sends nothing any more a new start of another node never hears: it has missed nothing of it."""
+    nodes = Nodes()
+    nodes.publish(0, 10, 0)
+    nodes.report({"reached": 10, "baseline": 0})
+    nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 1, 1, "live", 1, {"relay": []})))
+    (place,) = nodes.cluster.nodes("live", {}).nodes[1].places["relay"]
+    assert (place.total, place.lacked) == (10, 0)
+
+
+def test_a_node_that_was_killed_tells_that_it_has_served_without_another_one() -> None:
+    """The times at which a node missed others are kept: others learn of them from its next start."""
+    nodes = Nodes()
+    for boot, times in ((1, 2), (2, 5)):
+        nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", boot, 1, "joining", 1, {}, {"a": times})))
+    assert nodes.cluster.nodes("live", {}).nodes[1].missed == 1

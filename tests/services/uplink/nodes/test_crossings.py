@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,7 +65,7 @@ def test_what_was_left_out_here_is_passed() -> None:
     crossings.note(ORIGINS[1], range(60, 64), range(13, 17))
     assert crossings.here_at({ORIGINS[0]: 15, ORIGINS[1]: 64}) == 10
     assert crossings.here_at({ORIGINS[0]: 20, ORIGINS[1]: 50}) == 13
-    assert crossings.origins_at(12) == {ORIGINS[0]: 10}
+    assert crossings.origins_at(12) == {ORIGINS[0]: 10, ORIGINS[1]: 50}
     assert crossings.origins_at(13) == {ORIGINS[0]: 20, ORIGINS[1]: 60}
     assert crossings.origins_at(15) == {ORIGINS[0]: 20, ORIGINS[1]: 62}
 
@@ -77,7 +78,7 @@ def test_a_worker_that_starts_again_and_again_does_not_fill_the_memory() -> None
     for boot in range(1000):
         now += SECONDS
         crossings.note(ORIGINS[1]._replace(boot=boot), range(5), range(10 + 5 * boot, 15 + 5 * boot))
-    latest = [ORIGINS[1]._replace(boot=boot) for boot in range(996, 1000)]
+    latest = [ORIGINS[1]._replace(boot=boot) for boot in range(998, 1000)]
     assert crossings.origins_at(5010) == {ORIGINS[0]: 10, **dict.fromkeys(latest, 5)}
     assert crossings._ends == crossings.origins_at(5010)
 
@@ -92,3 +93,34 @@ def test_workers_without_end_do_not_fill_the_memory() -> None:
             crossings.note(origin, range(5), range(5))
     assert len(crossings._older) == MAX_WORKERS
     assert crossings._ends.keys() == crossings.origins_at(5).keys() >= {ORIGINS[0]}
+
+
+@pytest.mark.parametrize("journaled", [False, True])
+def test_what_another_node_lacks_of_old_batches_is_counted_or_read_from_a_journal(journaled: bool) -> None:
+    """Of batches that are not known singly any more a node may lack some: their number is known, by origin.
+
+    Where there is a journal, the place is before them.
+    """
+    now = 0.0
+    crossings = Crossings(lambda: now, journaled=journaled)
+    for number in range(1000):
+        now = float(number)
+        crossings.note(ORIGINS[0], range(10 * number, 10 * number + 10), range(20 * number, 20 * number + 10))
+        crossings.note(ORIGINS[1], range(10 * number, 10 * number + 10), range(20 * number + 10, 20 * number + 20))
+    known = int(10 * (now - SECONDS))
+    for had in (15, 500, 4321):
+        reached = {ORIGINS[0]: had, ORIGINS[1]: 10_000}
+        place = crossings.here_at(reached)
+        if journaled:
+            assert (place <= 2 * had, crossings.lacked(reached)) == (True, 0)
+        else:
+            assert (place, crossings.lacked(reached)) == (2 * known, known - had)
+    assert crossings.lacked({ORIGINS[0]: 10_000, ORIGINS[1]: 10_000}) == 0
+
+
+def test_what_came_before_this_process_is_lacked_where_another_node_has_not_had_it() -> None:
+    """An uplink was restarted: what it had before of an origin is not here, and another node may have had less."""
+    for journaled in (False, True):
+        crossings = Crossings(lambda: 0.0, journaled=journaled)
+        crossings.note(ORIGINS[0], range(700, 710), range(10))
+        assert (crossings.here_at({ORIGINS[0]: 200}), crossings.lacked({ORIGINS[0]: 200})) == (0, 500)

@@ -31,6 +31,7 @@ class Node:
         self.cluster = Cluster("a", tuple(nodes), minority, "uplink.1", 1, self.clock, lambda: 33)
         self.cluster.members.state = "live"
         self.owners = Owners("a", tuple(nodes), minority, self.clock)
+        self._nodes = tuple(nodes)
         self._number = 0
 
     def hear(self, *nodes: str) -> None:
@@ -38,7 +39,7 @@ class Node:
         self._number += 1
         for node in nodes:
             reached = [Reached("a", PLACE.worker, PLACE.boot, PLACE.stream, PLACE.total)]
-            beat = Beat(node, 1, self._number, "live", self._number, {"relay": reached})
+            beat = Beat(node, 1, self._number, "live", self._number, {"relay": reached}, {}, self._nodes)
             self.cluster.take(beat_subject(node), unparse_beat(beat))
 
     def split(self) -> dict[str, Place | None]:

@@ -2,9 +2,10 @@ from types import SimpleNamespace
 from typing import cast
 
 from shared.bus.bodies.journal_messages import CatchUpReport
+from shared.bus.continuity import Position
 from shared.bus.zmq_sockets import Publisher
 from shared.client import MAX_PLACES, Place, Resume
-from shared.fanout.catch_up.progress import MAX_LEFT, Progress
+from shared.fanout.catch_up.progress import MAX_LEFT, Progress, with_beginnings
 from tests.builders import make_client
 
 
@@ -40,3 +41,10 @@ def test_the_places_of_all_that_another_node_serves_are_known() -> None:
     progress.follow(clients[:3])
     known = [client for client in clients if progress.resume(client.name, told).places]
     assert known == [*clients[:3], *clients[-MAX_LEFT:]]
+
+
+def test_what_a_worker_had_before_it_was_followed_is_owed_from_its_begin() -> None:
+    """A worker began before its stream was followed again: what it had until then, nobody has served."""
+    followed = {("ingest.1", 2): Position(0, 3, 40, unserved=17), ("uplink.1", 2): Position(0, 0, 9)}
+    left = [Place("flows", "ingest.1", 1, 0, 70)]
+    assert list(with_beginnings("flows", left, followed)) == [*left, Place("flows", "ingest.1", 2, 0, 3)]

@@ -59,7 +59,8 @@ class Played:
 
     def tell(self, state: NodeState, *places: Place, other: NodeState = "live", majority: bool = True) -> None:
         """Let the uplink tell how this node is, and the other one, and how far that one's forwarder is."""
-        nodes = [Node("a", state), Node("b", other, 0, 0, 1, {"relay": list(places)})]
+        serving = ("b",) if state == "joining" else ("a", "b")
+        nodes = [Node("a", state), Node("b", other, 0, 0, 1, {"relay": list(places)}, serving=serving)]
         live = Nodes(True, nodes).live if majority else ()
         self._take(NODES_TOPIC, Nodes(majority, nodes, live), "uplink.1")
 
@@ -166,3 +167,38 @@ def test_what_came_before_the_first_node_joins_is_delivered_or_counted(tmp_path:
         account = node.service._collectors.accounts()[f"collector/{NAME}"]
         told = account["expected"], account["sent"], account[NOT_JOURNALED], account[PERHAPS_TWICE]
         assert told == (135, 35, 100, 30)
+
+
+def test_what_a_node_took_in_that_was_killed_before_it_served_is_counted(tmp_path: Path) -> None:
+    """A node is started, and killed before it serves: what the other one has not had of that is lost, and said."""
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        port = sock.getsockname()[1]
+        with forwarder(tmp_path, port) as before:
+            before.publish(1, 0, 0)
+            before.tell("joining")
+            before.publish(1, 0, 100)
+            before.pass_time()
+        with forwarder(tmp_path, port) as after:
+            after.publish(2, 0, 0)
+            after.report(2, 0, _1=100)
+            places = Place(STREAM, INGEST, 1, 0, 60), Place(STREAM, INGEST, 2, 0, 0)
+            after.tell("joining", *places)
+            after.tell("live", *places)
+            wait_until(after.is_level, "it serves")
+            account = after.service._collectors.accounts()[f"collector/{NAME}"]
+            assert (account.get("sent", 0), account[NOT_JOURNALED]) == (0, 40)
+
+
+def test_what_the_last_node_has_lacked_and_nobody_has_any_more_is_counted(tmp_path: Path) -> None:
+    """A node takes a collector over from one that has lacked some of what others sent, long ago."""
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock), forwarder(tmp_path, sock.getsockname()[1]) as node:
+        node.publish(1, 0, 0)
+        node.publish(1, 0, 100)
+        place = Place(STREAM, INGEST, 1, 0, 90, lacked=7)
+        node.tell("joining", place)
+        node.tell("live", place)
+        wait_until(node.is_level, "it serves")
+        account = node.service._collectors.accounts()[f"collector/{NAME}"]
+        assert (account["expected"], account["sent"], account[NOT_JOURNALED]) == (17, 10, 7)
