@@ -18,7 +18,7 @@ from shared.bus.bodies.nodes_message import MAX_NODE_PLACES, Node, Nodes, NodeSt
 from shared.bus.messages import Envelope, Status
 from shared.bus.pieces import Assembler
 from shared.client import Place, Source
-from shared.ledger.accounts import is_origin, parse_origin
+from shared.ledger.accounts import is_origin, parse_origin, unparse_origin
 from shared.ledger.counters import BASELINE, REACHED, REVISION, UNSERVED
 from shared.serving_nodes import Minority, nodes_serving
 
@@ -80,7 +80,9 @@ class Cluster:
         """By source: the boot of its sender, and the number of the first report that was heard of that."""
         self._heard_ns: dict[str, int] = {}
         self._before: dict[str, dict[Key, int]] = {}
-        """By node: where senders here were when its present start was heard first: it owes nothing from before."""
+        """By node: where senders here were when it was found to be started again: it owes nothing from before."""
+        self._growing: dict[Key, int] = {}
+        """By origin here that has sent anything since: where it began to. A node that tells nothing of it lacks all."""
         self._awaited: set[Key] = set()
         """Origins of which senders elsewhere have had more since their last report, and nothing has come here."""
         self._missing: Counter[str] = Counter() if missing is None else missing
@@ -112,6 +114,12 @@ class Cluster:
         if pieces is None or not any(REVISION in piece.accounts.get(service, {}) for piece in pieces):
             return False
         reached = [each for piece in pieces for each in self._reached_by(piece)]
+        before = {each.key: each.total for each in self._reached.get(source, ())}
+        accounts = {name: account for piece in pieces for name, account in piece.accounts.items()}
+        for each in reached:
+            if each.site == self.members.own and each.total > before.get(each.key, each.total):
+                name = unparse_origin(each.worker, each.boot, each.stream)
+                self._growing[each.key] = accounts[name].get(BASELINE, 0)
         self._reached[source] = reached[-MAX_ORIGINS:]
         self._begun[source] = {
             parse_origin(name): account.get(BASELINE, 0) + account.get(UNSERVED, 0)
@@ -204,7 +212,7 @@ class Cluster:
         begun = self._begun.get(source, {})
         return all(self._crossings[each.stream].has(each.key, each.total) for each in known) and all(
             place.total >= begun.get((place.worker, place.boot, place.stream), 0)
-            for place in self._places(node, reached)
+            for place in self._places(node, reached, {})
         )
 
     def take(self, subject: str, payload: bytes) -> bool:
@@ -215,18 +223,19 @@ class Cluster:
             self._namesake_at = self._clock()
         if not self.members.note(beat):
             return False
-        if before is None or before.boot != beat.boot:
-            self._before[beat.node] = {each.key: each.total for some in self._reached.values() for each in some}
-        else:
+        if before and before.boot == beat.boot:
             grown = {
                 each for source, some in beat.reached.items() for each in {*some} - {*before.reached.get(source, ())}
             }
             self._awaited |= {each.key for each in grown if each.total and not self._has_any(each)}
             if len(self._awaited) > MAX_ORIGINS:
                 self._awaited.clear()
+        elif before:
+            self._before[beat.node] = {each.key: each.total for some in self._reached.values() for each in some}
         self._heard_ns[beat.node] = self._time_ns()
         told = beat.missed.get(self.members.own, 0)
-        self._missed[beat.node] += told > self._missed_by.get(beat.node, told)
+        # One that was never heard may have served as this one did; what it told to an earlier start is of no interest.
+        self._missed[beat.node] += told > self._missed_by.get(beat.node, 0 if self.members.state == "live" else told)
         self._missed_by[beat.node] = told
         return self.members.live != live
 
@@ -270,15 +279,16 @@ class Cluster:
         if beat is None or since is None:
             return Node(name, state, pending=pending)
         places = {
-            source: list(self._places(name, reached))[-MAX_NODE_PLACES:] for source, reached in beat.reached.items()
+            source: list(self._places(name, reached, self._growing))[-MAX_NODE_PLACES:]
+            for source, reached in beat.reached.items()
         }
         further_ns = 0 if state == "left" else TOLD_NS
         until_ns, missed = self._heard_ns[name] + further_ns, self._missed[name]
         return Node(name, state, int(since * 1000), pending, until_ns, places, missed, beat.serving)
 
-    def _places(self, node: str, reached: list[Reached]) -> Iterator[Place]:
+    def _places(self, node: str, reached: list[Reached], begun: Mapping[Key, int]) -> Iterator[Place]:
         """Yield where another node's sender is in what the workers of this bus have published."""
-        totals = self._before.get(node, {}) | {each.key: each.total for each in reached}
+        totals = {**begun, **self._before.get(node, {}), **{each.key: each.total for each in reached}}
         for key, total in totals.items():
             if key.site == self.members.own:
                 yield Place(key.stream, key.worker, key.boot, 0, total)

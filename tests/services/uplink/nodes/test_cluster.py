@@ -130,7 +130,8 @@ def test_a_node_that_has_just_begun_lacks_nothing_from_before() -> None:
     nodes = Nodes()
     nodes.publish(0, 10, 0)
     nodes.report({"reached": 10, "baseline": 0})
-    nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 1, 1, "live", 1, {"relay": []})))
+    for boot in (1, 2):
+        nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", boot, 1, "live", 1, {"relay": []})))
     (place,) = nodes.cluster.nodes("live", {}).nodes[1].places["relay"]
     assert (place.total, place.lacked) == (10, 0)
 
@@ -141,3 +142,23 @@ def test_a_node_that_was_killed_tells_that_it_has_served_without_another_one() -
     for boot, times in ((1, 2), (2, 5)):
         nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", boot, 1, "joining", 1, {}, {"a": times})))
     assert nodes.cluster.nodes("live", {}).nodes[1].missed == 1
+
+
+def test_a_node_that_serves_learns_that_one_which_it_hears_first_has_served_too() -> None:
+    """Two nodes began while they were parted: what the other one tells first is news to one that serves already."""
+    nodes = Nodes()
+    nodes.cluster.members.state = "live"
+    nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 1, 1, "joining", 1, {}, {"a": 3})))
+    assert nodes.cluster.nodes("live", {}).nodes[1].missed == 1
+
+
+def test_a_node_lacks_all_of_a_worker_here_of_which_it_tells_nothing() -> None:
+    """A worker of this host was started while another node was parted: that one has had nothing of it."""
+    nodes = Nodes()
+    for reports, reached in enumerate((10, 30)):
+        accounts = {unparse_origin("ingest.1", 9, "flows"): {"reached": reached, "baseline": 4}}
+        status = Status("forwarder.1", 1, 0, reports, 0, 1, {**accounts, "forwarder": {"revision": 0}})
+        nodes.cluster.note_status(make_envelope(sender="forwarder.1"), status)
+    nodes.beat(0)
+    (place,) = nodes.cluster.nodes("live", {}).nodes[1].places["relay"]
+    assert (place.worker, place.boot, place.total) == ("ingest.1", 9, 4)
