@@ -305,6 +305,10 @@ class Collectors(Generic[D]):
     def __contains__(self, name: str) -> bool:
         return name in self._served
 
+    def serves_others(self, names: Collection[str]) -> bool:
+        """Return whether collectors are served beside these, which all are."""
+        return len(self._served) > len(names)
+
     def __getitem__(self, name: str) -> Served[D]:
         """Return a collector that is served."""
         return self._served[name]
