@@ -139,7 +139,7 @@ def test_a_site_is_whole_after_a_minute_away(open_stack: OpenStack, source: str,
         wait_until(lambda: sum(load.sent) > before + seconds * per_second, "time passes", 3 * seconds + 60)
         register(source, since="left")
         began = time.monotonic()
-        wait_until(lambda: entry("siem") and "catching_up" not in entry("siem"), lambda: f"{entry('siem')}", 300)
+        wait_until(lambda: entry("siem") and "catching_up" not in entry("siem"), lambda: f"{entry('siem')}", 600)
         took, at = time.monotonic() - began, sum(load.sent)
         load.stop()
         sent = sum(load.sent)
