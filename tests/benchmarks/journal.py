@@ -146,10 +146,11 @@ def _feeding(bus: BusEnds) -> Iterator[StreamFeed]:
     wait_wanted(publisher, datagrams_topic("messages"))
     with Lending(bus.directory, chunks=Bus().lent // CHUNK, boot=publisher.boot) as lending:
         feed = StreamFeed("messages", publisher, Counter(), lending.pool)
-        feed.mark(time.time_ns())
 
         def lends() -> bool:
+            feed.mark(time.time_ns())  # by the next one the journal knows that it may borrow
             lending.turn()
+            publisher.new_subscriptions()
             return feed.lend(LENT_SIZE) is not None
 
         wait_until(lends, "the journal borrows")
