@@ -147,12 +147,17 @@ def _feeding(bus: BusEnds) -> Iterator[StreamFeed]:
     with Lending(bus.directory, chunks=Bus().lent // CHUNK, boot=publisher.boot) as lending:
         feed = StreamFeed("messages", publisher, Counter(), lending.pool)
 
-        def lends() -> bool:
-            feed.mark(time.time_ns())  # by the next one the journal knows that it may borrow
+        def asks() -> bool:
             lending.turn()
+            return len(lending.selector.get_map()) > 1
+
+        def lends() -> bool:
             publisher.new_subscriptions()
             return feed.lend(LENT_SIZE) is not None
 
+        feed.mark(time.time_ns())
+        wait_until(asks, "the journal asks")
+        feed.mark(time.time_ns())  # by which it knows that it may borrow
         wait_until(lends, "the journal borrows")
         yield feed
 
