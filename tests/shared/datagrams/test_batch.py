@@ -120,6 +120,16 @@ def test_parts_and_payloads_of_a_batch_in_place() -> None:
         assert batch.part(0, 4) is batch
 
 
+@given(st.one_of(st.lists(st.integers(0, 9)), st.integers(0, 9).map(lambda size: [size] * 30)), st.booleans())
+def test_payloads_at_a_distance_are_packed(lengths: list[int], whole: bool) -> None:
+    """They follow each other then, alike in length or not; behind the last one there need not be anything."""
+    payloads = [bytes([65 + number % 26]) * length for number, length in enumerate(lengths)]
+    apart = b"".join(each.ljust(9, b"-") for each in payloads)
+    if not whole and lengths:
+        apart = apart[: 9 * (len(lengths) - 1) + lengths[-1]]
+    assert DatagramBatch("messages", 1, make_batch(payloads).rows, apart, 9).packed() == b"".join(payloads)
+
+
 @given(st.lists(st.integers(0, 300), max_size=40), st.sampled_from((0, 300)), st.integers(1, 900))
 def test_parts_are_the_batch_in_pieces_that_fit(lengths: list[int], stride: int, most: int) -> None:
     """All rows come in order; each part has at most so many bytes of payloads, or one datagram."""
