@@ -119,7 +119,10 @@ class Cluster:
         for each in reached:
             if each.site == self.members.own and each.total > before.get(each.key, each.total):
                 name = unparse_origin(each.worker, each.boot, each.stream)
+                self._growing.pop(each.key, None)  # to the end: those that have sent nothing for longest go first
                 self._growing[each.key] = accounts[name].get(BASELINE, 0)
+        while len(self._growing) > MAX_ORIGINS:
+            del self._growing[next(iter(self._growing))]
         self._reached[source] = reached[-MAX_ORIGINS:]
         self._begun[source] = {
             parse_origin(name): account.get(BASELINE, 0) + account.get(UNSERVED, 0)

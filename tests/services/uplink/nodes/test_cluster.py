@@ -1,7 +1,7 @@
 import pytest
 
 from services.uplink.incoming.arrivals import Key
-from services.uplink.nodes.beats import Beat, Reached, State, beat_subject, unparse_beat
+from services.uplink.nodes.beats import MAX_ORIGINS, Beat, Reached, State, beat_subject, unparse_beat
 from services.uplink.nodes.cluster import TOLD_NS, Cluster
 from shared.bus.messages import Status
 from shared.client import Source
@@ -162,3 +162,16 @@ def test_a_node_lacks_all_of_a_worker_here_of_which_it_tells_nothing() -> None:
     nodes.beat(0)
     (place,) = nodes.cluster.nodes("live", {}).nodes[1].places["relay"]
     assert (place.worker, place.boot, place.total) == ("ingest.1", 9, 4)
+
+
+def test_workers_here_that_start_again_and_again_do_not_fill_the_memory() -> None:
+    """Each start is an origin of its own, and is told of for as long as others are not too many."""
+    nodes = Nodes()
+    for boot in range(MAX_ORIGINS + 9):
+        for reports, reached in ((2 * boot, 10), (2 * boot + 1, 30)):
+            accounts = {unparse_origin("ingest.1", boot, "flows"): {"reached": reached, "baseline": 4}}
+            status = Status("forwarder.1", 1, 0, reports, 0, 1, {**accounts, "forwarder": {"revision": 0}})
+            nodes.cluster.note_status(make_envelope(sender="forwarder.1"), status)
+    assert len(nodes.cluster._growing) == MAX_ORIGINS
+    nodes.beat(0)
+    assert nodes.cluster.nodes("live", {}).nodes[1].places["relay"][-1].boot == boot
