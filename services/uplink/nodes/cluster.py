@@ -80,7 +80,7 @@ class Cluster:
         """By source: the boot of its sender, and the number of the first report that was heard of that."""
         self._heard_ns: dict[str, int] = {}
         self._before: dict[str, dict[Key, int]] = {}
-        """By node: where senders here were when it was found to be started again: it owes nothing from before."""
+        """By node: where senders here were when it was found to have been started: it owes nothing from before."""
         self._growing: dict[Key, int] = {}
         """By origin here that has sent anything since: where it began to. A node that tells nothing of it lacks all."""
         self._awaited: set[Key] = set()
@@ -233,7 +233,7 @@ class Cluster:
             self._awaited |= {each.key for each in grown if each.total and not self._has_any(each)}
             if len(self._awaited) > MAX_ORIGINS:
                 self._awaited.clear()
-        elif before:
+        elif before or (beat.state == "joining" and self.members.state == "live"):
             self._before[beat.node] = {each.key: each.total for some in self._reached.values() for each in some}
         self._heard_ns[beat.node] = self._time_ns()
         told = beat.missed.get(self.members.own, 0)

@@ -136,6 +136,24 @@ def test_a_node_that_has_just_begun_lacks_nothing_from_before() -> None:
     assert (place.total, place.lacked) == (10, 0)
 
 
+def test_a_node_that_is_heard_first_as_it_begins_lacks_nothing_from_before() -> None:
+    """It was away since this node began, which serves already: of workers that have ended by then it never hears."""
+    nodes = Nodes()
+    nodes.cluster.members.state = "live"
+    nodes.publish(500, 510, 0)
+    for reports, reached in enumerate((10, 30)):
+        accounts = {
+            unparse_origin(*each, "flows"): {"reached": reached} for each in (("ingest.1", 9), ("uplink.1", BOOT))
+        }
+        status = Status("forwarder.1", 1, 0, reports, 0, 1, {**accounts, "forwarder": {"revision": 0}})
+        nodes.cluster.note_status(make_envelope(sender="forwarder.1"), status)
+    states: tuple[State, ...] = "joining", "live"
+    for number, state in enumerate(states):
+        nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 1, number, state, 1, {"relay": []})))
+    places = nodes.cluster.nodes("live", {}).nodes[1].places["relay"]
+    assert [(each.worker, each.total, each.lacked) for each in places] == [("ingest.1", 30, 0), ("uplink.1", 10, 0)]
+
+
 def test_a_node_that_was_killed_tells_that_it_has_served_without_another_one() -> None:
     """The times at which a node missed others are kept: others learn of them from its next start."""
     nodes = Nodes()
