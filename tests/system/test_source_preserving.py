@@ -132,11 +132,12 @@ class Flood(threading.Thread):
     def run(self) -> None:
         """Send, catching up where this thread did not get its turn in time."""
         began = time.monotonic()
-        while not self._stopping.is_set():
-            while self.sent * self._pause < time.monotonic() - began and self._may_send(self.sent):
+        while not self._stopping.is_set():  # asked each time: it may never catch up
+            if self.sent * self._pause < time.monotonic() - began and self._may_send(self.sent):
                 self._exporters.send(EXPORTERS[self.sent % len(EXPORTERS)], self.sent.to_bytes(4) + bytes(96))
                 self.sent += 1
-            time.sleep(0.001)
+            else:
+                time.sleep(0.001)
 
     def stop(self) -> int:
         """Stop, and return how many were sent."""
