@@ -84,15 +84,15 @@ class DatagramBatch:
 
     def packed(self, rows: Indices | None = None) -> bytes:
         """Return a copy of the payloads of these rows, by default of all, end to end."""
-        if rows is None and not self.stride:
-            return bytes(self.payload)
-        if rows is None:
-            if len(self) and self.length_list.count(length := self.length_list[0]) == len(self):
-                shape, strides = (len(self), length), (self.stride, 1)
-                return np.ndarray(shape, np.uint8, self.payload, 0, strides).tobytes()  # much faster than one by one
-            starts, lengths = [*range(0, len(self) * self.stride, self.stride)], self.length_list
-        else:
+        if rows is not None:
             starts, lengths = self.offsets[:-1][rows].tolist(), self.lengths[rows].tolist()
+        elif not self.stride:
+            return bytes(self.payload)
+        elif len(self) and self.length_list.count(length := self.length_list[0]) == len(self):
+            shape, strides = (len(self), length), (self.stride, 1)
+            return np.ndarray(shape, np.uint8, self.payload, 0, strides).tobytes()  # much faster than one by one
+        else:
+            starts, lengths = [*range(0, len(self) * self.stride, self.stride)], self.length_list
         payload = memoryview(self.payload)
         return b"".join([payload[at : at + size] for at, size in zip(starts, lengths, strict=True)])
 

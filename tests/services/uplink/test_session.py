@@ -101,15 +101,19 @@ class Tried:
             await session.open(self.uplink.endpoints[0])
             running = asyncio.create_task(session.run(*(receiver.run for receiver in self.receivers)))
             act()
-            deadline, before = time.monotonic() + 30, list(self.said)
+            deadline = time.monotonic() + 30
             while not until() and not running.done() and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
-                self.said = before + [line["event"] for line in lines]
+                note()
             session.ended.set()
             await running
-            self.said = before + [line["event"] for line in lines]  # also of what was said last
+            note()  # also what was said last
             assert until(), (self.said, self.counted, self.came)
 
+        def note() -> None:
+            self.said = before + [line["event"] for line in lines]
+
+        before = self.said
         with capture_logs() as lines:
             asyncio.run(connected())
 
