@@ -118,7 +118,7 @@ class Worker:
             self._feeds[name] = feed
             if self._publisher.wanted(feed.topic):
                 feed.mark(time.time_ns())
-        self._held.journaled = frozenset(stream.name for stream in streams if stream.journal)
+        self._held.note_journaled(stream.name for stream in streams if stream.journal)
         for stream in streams:
             self._feeds[stream.name].look_for(stream.protocol)
         self._totals.keep()

@@ -89,6 +89,8 @@ class DatagramBatch:
         elif not self.stride:
             return bytes(self.payload)
         elif len(self) and self.length_list.count(length := self.length_list[0]) == len(self):
+            if length == self.stride:
+                return bytes(self.payload)
             shape, strides = (len(self), length), (self.stride, 1)
             return np.ndarray(shape, np.uint8, self.payload, 0, strides).tobytes()  # much faster than one by one
         else:

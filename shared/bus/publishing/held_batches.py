@@ -66,25 +66,33 @@ class HeldBatches:
 
     def __init__(self, publisher: Publisher, queue_limit: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self.due_at: float | None = None
-        self.journaled: frozenset[str] = frozenset()
-        """The streams that a journal keeps."""
+        self.whole = False
+        """Everything is held, whatever its size: no payload is to be lent."""
         self._publisher = publisher
         self._portion = max(1, queue_limit // PORTION_SHARE)
         self._clock = clock
+        self._journaled: frozenset[str] = frozenset()
         self._held: dict[str, _Held] = {}
         """By the name of the sender."""
+        self._streams: frozenset[str] = frozenset()
+        """All streams of which batches are held."""
 
     def wants(self, stream: str) -> bool:
         """Return whether batches of a stream are held."""
-        for held in self._held.values():  # noqa: SIM110 - with each batch: a generator costs more than the rest
-            if stream in (self.journaled if held.standing else held.streams):
-                return True
-        return False
+        return stream in self._streams
 
-    @property
-    def whole(self) -> bool:
-        """Return whether everything is held, whatever its size: no payload is to be lent."""
-        return any(not held.standing for held in self._held.values())
+    def note_journaled(self, streams: Iterable[str]) -> None:
+        """Note the streams that a journal keeps."""
+        self._journaled = frozenset(streams)
+        self._note_held()
+
+    def _note_held(self) -> None:
+        """Sum up for what is asked with each batch."""
+        for held in self._held.values():
+            if held.standing:
+                held.streams = self._journaled
+        self._streams = frozenset[str]().union(*(held.streams for held in self._held.values()))
+        self.whole = any(not held.standing for held in self._held.values())
 
     def heed(self, prefixes: Iterable[str], streams: Iterable[str]) -> None:
         """Heed new subscriptions: those that ask to hold these streams, and those that ask for what is held."""
@@ -96,6 +104,7 @@ class HeldBatches:
                 held.handed_on = 0  # to another one, which was killed
             elif name := _name_behind(asking, prefix):
                 self._of(name).asked_for = True
+        self._note_held()
 
     def _of(self, name: str) -> _Held:
         """Return what is held for a sender; beyond the limit what is forgotten at once."""
@@ -113,7 +122,7 @@ class HeldBatches:
         size = BATCH_OVERHEAD + len(rows) + len(payload)
         batch = _Batch(body, sequence - 1, total - count, rows, payload, self._clock(), size)
         for held in self._held.values():
-            if stream in (self.journaled if held.standing else held.streams):
+            if stream in held.streams:
                 held.batches.append(batch)
                 held.size += size
                 while held.size > MAX_HELD:
@@ -133,6 +142,7 @@ class HeldBatches:
             else:
                 due_at = now + RETRY_SECONDS if held.asked_for else held.until
                 self.due_at = min(due_at, self.due_at or due_at)
+        self._note_held()
 
     def _look_after(self, name: str, held: _Held, now: float) -> None:
         """Hand on what is asked for of batches that stand, and let go of old ones; of all when nobody wants them."""

@@ -136,7 +136,7 @@ def test_what_is_held_for_a_journal_fits_into_messages(count: int, size: int, st
     bus = Bus()
     held = HeldBatches(cast(Publisher, bus), 256)
     feed = StreamFeed("flows", cast(Publisher, bus), Counter(), held=held)
-    held.journaled = frozenset({"flows"})
+    held.note_journaled({"flows"})
     held.heed(["hold/journal.1/"], ["flows"])
     payloads = [b"%d" % number + bytes(size - len(b"%d" % number)) for number in range(count)]
     memory = b"".join(payload.ljust(stride or size, b"?") for payload in payloads)

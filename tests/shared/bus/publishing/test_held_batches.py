@@ -120,7 +120,7 @@ def test_what_is_held_has_bounds() -> None:
 def test_the_latest_batches_stand_for_a_journal() -> None:
     """As long as it is there, and for a restart; they may be handed on again, and old ones are let go."""
     bus = Bus()
-    bus.held.journaled = frozenset({"messages"})
+    bus.held.note_journaled({"messages"})
     bus.ask(hold_topic("journal.1"))
     assert not bus.held.whole
     bus.publish(b"a", b"b", b"c")
