@@ -75,22 +75,24 @@ class TestPath:
         path = tmp_path / "run" / "in.sock"
         path.parent.mkdir()
         worker, subscriber = listening(stack, bus, f"unixgram://{path}")
+        (other := tmp_path / "other").write_text("mine")
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connected:
             connected.connect(str(path))
-            path.unlink()
-            connected.send(b"to the old one")  # who is connected is heard until the new one is there
-            assert take_datagrams(subscriber, 1)[0][2] == b"to the old one"
-            if instead == "file":
-                path.write_text("mine")
-            if instead == "directory":
-                path.parent.rmdir()
+            # In one step each: between two the worker may bind the path.
+            match instead:
+                case "nothing":
+                    path.unlink()
+                case "file":
+                    other.rename(path)
+                case "directory":
+                    path.parent.rename(tmp_path / "away")
             if instead != "nothing":
                 wait_until(lambda: "a listener receives nothing" in worker.text, "it says what is in the way")
                 line = next(line for line in worker.log if line["event"].startswith("a listener receives nothing"))
                 assert f"unixgram://{path}" in line["event"]
                 assert instead == "directory" or path.read_text() == "mine"
-                connected.send(b"still")
-                assert take_datagrams(subscriber, 1)[0][2] == b"still"
+                connected.send(b"to the old one")  # who is connected is heard until the new one is there
+                assert take_datagrams(subscriber, 1)[0][2] == b"to the old one"
                 path.unlink() if instead == "file" else path.parent.mkdir()
             worker.wait_for("bound the path again")
         (line,) = worker.events("bound the path again: another program had removed it")
