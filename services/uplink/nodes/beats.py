@@ -38,8 +38,8 @@ class Beat(msgspec.Struct, array_like=True, frozen=True):
     """A node tells that it lives: `number` grows with each beat of its start `boot`.
 
     `reached` has, for each source of copies that it sends, the place of its sender; `reports` grows with each report of
-    a sender on that. `missed` has a count for each other node: it grows while this one serves without it. Those that
-    are `serving` are the nodes among which it shares collectors out.
+    a sender on that. `missed` has for other nodes the last time, in ns since 1970, at which this one served without
+    them. Those that are `serving` are the nodes among which it shares collectors out.
     """
 
     node: Site

@@ -86,12 +86,12 @@ class Cluster:
         self._awaited: set[Key] = set()
         """Origins of which senders elsewhere have had more since their last report, and nothing has come here."""
         self._missing: Counter[str] = Counter() if missing is None else missing
-        """By node: grows while this one serves without it, over a kill too. It may live, and serve too."""
+        """By node: the last time, in ns since 1970, at which this one served without it. It may live, and serve too."""
         self._missing_until: dict[str, float] = {}
         self._missed_by: dict[str, int] = {}
-        """By node: the same count of this node, as it told last."""
+        """By node: the same time of this node, as it told last."""
         self._missed: Counter[str] = Counter()
-        """By node: grows whenever it tells of a larger one."""
+        """By node: grows whenever it tells of a later one."""
         self._namesake_at = -inf
         """The last time at which another uplink was heard under this node's name."""
 
@@ -236,9 +236,8 @@ class Cluster:
         elif before or (beat.state == "joining" and self.members.state == "live"):
             self._before[beat.node] = {each.key: each.total for some in self._reached.values() for each in some}
         self._heard_ns[beat.node] = self._time_ns()
-        told = beat.missed.get(self.members.own, 0)
-        # One that was never heard may have served as this one did; what it told to an earlier start is of no interest.
-        self._missed[beat.node] += told > self._missed_by.get(beat.node, 0 if self.members.state == "live" else told)
+        told = beat.missed.get(self.members.own, 0)  # of no interest if that was before this one began
+        self._missed[beat.node] += told > self._missed_by.get(beat.node, self._began_ns)
         self._missed_by[beat.node] = told
         return self.members.live != live
 
@@ -274,7 +273,8 @@ class Cluster:
         for name in self.members.others:
             if name not in serving and self.members.state_of(name) != "left":
                 self._missing_until[name] = now + TOLD_NS / 1e9
-            self._missing[name] += now < self._missing_until.get(name, 0.0)
+            if now < self._missing_until.get(name, 0.0):
+                self._missing[name] = max(self._missing[name] + 1, self._time_ns())  # clocks may be set back
 
     def _node(self, name: str, pending: int) -> Node:
         state, since = self.members.state_of(name), self.members.seconds_since(name)

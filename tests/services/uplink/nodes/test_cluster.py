@@ -15,8 +15,8 @@ INGEST = Key("b", "ingest.1", 7, "flows")
 class Nodes:
     """The node `a` of two, and the other one as it tells of itself; `now_ns` is the time."""
 
-    def __init__(self) -> None:
-        self.now_ns = 0
+    def __init__(self, began_ns: int = 0) -> None:
+        self.now_ns = began_ns
         self.cluster = Cluster("a", ("a", "b"), "serve", "uplink.1", BOOT, lambda: 0.0, lambda: self.now_ns)
         self._beats = 0
 
@@ -155,10 +155,10 @@ def test_a_node_that_is_heard_first_as_it_begins_lacks_nothing_from_before() -> 
 
 
 def test_a_node_that_was_killed_tells_that_it_has_served_without_another_one() -> None:
-    """The times at which a node missed others are kept: others learn of them from its next start."""
+    """The last time at which a node missed another one is kept: that one learns of it from its next start."""
     nodes = Nodes()
-    for boot, times in ((1, 2), (2, 5)):
-        nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", boot, 1, "joining", 1, {}, {"a": times})))
+    for boot, missed_ns in ((1, 0), (2, 5)):
+        nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", boot, 1, "joining", 1, {}, {"a": missed_ns})))
     assert nodes.cluster.nodes("live", {}).nodes[1].missed == 1
 
 
@@ -168,6 +168,14 @@ def test_a_node_that_serves_learns_that_one_which_it_hears_first_has_served_too(
     nodes.cluster.members.state = "live"
     nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 1, 1, "joining", 1, {}, {"a": 3})))
     assert nodes.cluster.nodes("live", {}).nodes[1].missed == 1
+
+
+def test_what_a_node_has_missed_before_another_one_began_is_of_no_interest_to_that() -> None:
+    """A node served without another one once, and is heard by a later start of that: both have not sent the same."""
+    nodes = Nodes(began_ns=4)
+    nodes.cluster.members.state = "live"
+    nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 1, 1, "joining", 1, {}, {"a": 3})))
+    assert nodes.cluster.nodes("live", {}).nodes[1].missed == 0
 
 
 def test_a_node_lacks_all_of_a_worker_here_of_which_it_tells_nothing() -> None:
