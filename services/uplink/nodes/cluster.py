@@ -80,7 +80,10 @@ class Cluster:
         """By source: the boot of its sender, and the number of the first report that was heard of that."""
         self._heard_ns: dict[str, int] = {}
         self._before: dict[str, dict[Key, int]] = {}
-        """By node: where senders here were when it was found to have been started: it owes nothing from before."""
+        """By node: where senders here were when it was found to have been started: it owes nothing from before.
+
+        One that serves by then, as it was parted, is where its last start was.
+        """
         self._growing: dict[Key, int] = {}
         """By origin here that has sent anything since: where it began to. A node that tells nothing of it lacks all."""
         self._awaited: set[Key] = set()
@@ -234,7 +237,9 @@ class Cluster:
             if len(self._awaited) > MAX_ORIGINS:
                 self._awaited.clear()
         elif before or (beat.state == "joining" and self.members.state == "live"):
-            self._before[beat.node] = {each.key: each.total for some in self._reached.values() for each in some}
+            parted = beat.node in beat.serving  # it serves already
+            reached = self._reached if not parted else before.reached if before else {}
+            self._before[beat.node] = {each.key: each.total for some in reached.values() for each in some}
         self._heard_ns[beat.node] = self._time_ns()
         told = beat.missed.get(self.members.own, 0)  # of no interest if that was before this one began
         self._missed[beat.node] += told > self._missed_by.get(beat.node, self._began_ns)

@@ -154,6 +154,20 @@ def test_a_node_that_is_heard_first_as_it_begins_lacks_nothing_from_before() -> 
     assert [(each.worker, each.total, each.lacked) for each in places] == [("ingest.1", 30, 0), ("uplink.1", 10, 0)]
 
 
+def test_a_node_that_serves_as_its_new_start_is_heard_first_is_where_the_last_one_was() -> None:
+    """It was parted, and went on to serve: what came here since its last start was heard its collectors lack."""
+    nodes = Nodes()
+    for reports, reached in enumerate((10, 30)):
+        accounts = {unparse_origin("ingest.1", 9, "flows"): {"reached": reached}}
+        status = Status("forwarder.1", 1, 0, reports, 0, 1, {**accounts, "forwarder": {"revision": 0}})
+        nodes.cluster.note_status(make_envelope(sender="forwarder.1"), status)
+    told: dict[Source, list[Reached]] = {"relay": [Reached("a", "ingest.1", 9, "flows", 12)]}
+    nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 1, 1, "live", 1, told)))
+    nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 2, 1, "joining", 1, {"relay": []}, {}, ("a", "b"))))
+    (place,) = nodes.cluster.nodes("live", {}).nodes[1].places["relay"]
+    assert (place.worker, place.total) == ("ingest.1", 12)
+
+
 def test_a_node_that_was_killed_tells_that_it_has_served_without_another_one() -> None:
     """The last time at which a node missed another one is kept: that one learns of it from its next start."""
     nodes = Nodes()

@@ -102,6 +102,24 @@ def test_what_a_node_has_sent_that_was_killed_while_others_missed_it_is_counted(
     assert world.uncounted(world.relays) == {}
 
 
+def test_what_a_node_has_lacked_that_was_killed_while_it_was_parted_is_brought(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A node that is parted is killed, and serves again before it is heard: its successor brings what it lacks."""
+    world = World(monkeypatch, "serve")
+    world.pass_time(8)
+    world.kill("a")
+    world.pass_time(10)
+    world.broken.add("bc")
+    world.kill("b")
+    world.pass_time(1)
+    world.start("b")
+    world.pass_time(6)
+    world.heal("bc", 3)
+    world.pass_time(6)
+    settle(world)
+
+
 def play(world: World, random: Random, *, kills: bool) -> None:
     """Break and heal links, kill and start nodes, with pauses between."""
     world.pass_time(8)
