@@ -18,7 +18,7 @@ from shared.bus.bodies.nodes_message import MAX_NODE_PLACES, Node, Nodes, NodeSt
 from shared.bus.messages import Envelope, Status
 from shared.bus.pieces import Assembler
 from shared.client import Place, Source
-from shared.ledger.accounts import is_origin, parse_origin, unparse_origin
+from shared.ledger.accounts import is_origin, parse_origin
 from shared.ledger.counters import BASELINE, REACHED, REVISION, UNSERVED
 from shared.serving_nodes import Minority, nodes_serving
 
@@ -116,38 +116,32 @@ class Cluster:
         pieces = self._statuses[source].add((envelope.boot, status.report), status)
         if pieces is None or not any(REVISION in piece.accounts.get(service, {}) for piece in pieces):
             return False
-        reached = [each for piece in pieces for each in self._reached_by(piece)]
+        accounts = [account for piece in pieces for account in piece.accounts.items()]
+        origins = {parse_origin(name): account for name, account in accounts if is_origin(name)}
+        reached = [each for origin, account in origins.items() for each in self._reached_by(*origin, account[REACHED])]
         before = {each.key: each.total for each in self._reached.get(source, ())}
-        accounts = {name: account for piece in pieces for name, account in piece.accounts.items()}
         for each in reached:
             if each.site == self.members.own and each.total > before.get(each.key, each.total):
-                name = unparse_origin(each.worker, each.boot, each.stream)
                 self._growing.pop(each.key, None)  # to the end: those that have sent nothing for longest go first
-                self._growing[each.key] = accounts[name].get(BASELINE, 0)
+                self._growing[each.key] = origins[each.worker, each.boot, each.stream].get(BASELINE, 0)
         while len(self._growing) > MAX_ORIGINS:
             del self._growing[next(iter(self._growing))]
         self._reached[source] = reached[-MAX_ORIGINS:]
         self._begun[source] = {
-            parse_origin(name): account.get(BASELINE, 0) + account.get(UNSERVED, 0)
-            for piece in pieces
-            for name, account in piece.accounts.items()
-            if is_origin(name)
+            origin: account.get(BASELINE, 0) + account.get(UNSERVED, 0) for origin, account in origins.items()
         }
         self._reports += 1
         self._reported_at[source], self._senders_began_ns[source] = self._clock(), status.started_ns
         (self._ended.add if status.ended else self._ended.discard)(source)
         return True
 
-    def _reached_by(self, status: Status) -> Iterator[Reached]:
-        for name, account in status.accounts.items():
-            if not is_origin(name):
-                continue
-            worker, boot, stream = parse_origin(name)
-            if worker != self._sender:
-                yield Reached(self.members.own, worker, boot, stream, account[REACHED])
-            elif boot == self._boot and stream in self._crossings:
-                for origin, total in self._crossings[stream].origins_at(account[REACHED]).items():
-                    yield Reached(*origin, total)
+    def _reached_by(self, worker: str, boot: int, stream: str, total: int) -> Iterator[Reached]:
+        """Yield where a sender is that has had so much of a worker of this bus."""
+        if worker != self._sender:
+            yield Reached(self.members.own, worker, boot, stream, total)
+        elif boot == self._boot and stream in self._crossings:
+            for origin, count in self._crossings[stream].origins_at(total).items():
+                yield Reached(*origin, count)
 
     @property
     def senders_run(self) -> bool:
