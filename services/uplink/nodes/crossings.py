@@ -122,7 +122,7 @@ class Crossings:
         Some that is behind it may be within them, too: batches of origins come in another order elsewhere. What is
         `lacked` is before it.
         """
-        here = self.end
+        here, reached = self.end, self._with_earlier(reached)
         for each in self._latest:
             if each.here and each.there.stop > reached.get(each.origin, 0):
                 here = each.here_at(reached.get(each.origin, 0))
@@ -141,7 +141,18 @@ class Crossings:
 
     def _older_lacked(self, reached: Mapping[Key, int]) -> Iterator[tuple[Key, int, int]]:
         """Yield each origin of which more was here than these counts before it is known singly, with both counts."""
+        reached = self._with_earlier(reached)
         for starts in self._older.values():
             for origin, older in starts.items():
                 if (had := reached.get(origin, 0)) < older:
                     yield origin, had, older
+
+    def _with_earlier(self, reached: Mapping[Key, int]) -> dict[Key, int]:
+        """Return these counts, with all of each start of which they tell nothing, but of the next one of its worker.
+
+        A node has had it that was restarted since: starts of a worker come one after the other.
+        """
+        ended = {
+            each: self._ends[each] for *earlier, last in self._older.values() if last in reached for each in earlier
+        }
+        return {**ended, **reached}

@@ -124,3 +124,15 @@ def test_what_came_before_this_process_is_lacked_where_another_node_has_not_had_
         crossings = Crossings(lambda: 0.0, journaled=journaled)
         crossings.note(ORIGINS[0], range(700, 710), range(10))
         assert (crossings.here_at({ORIGINS[0]: 200}), crossings.lacked({ORIGINS[0]: 200})) == (0, 500)
+
+
+@pytest.mark.parametrize("journaled", [False, True])
+def test_nothing_is_lacked_of_a_start_that_has_ended_where_a_later_one_is_told(journaled: bool) -> None:
+    """Starts of a worker come one after the other: a node that was restarted since tells of the later one alone."""
+    crossings = Crossings(lambda: 0.0, journaled=journaled)
+    later = ORIGINS[0]._replace(boot=8)
+    crossings.note(ORIGINS[0], range(700, 710), range(10))
+    crossings.note(later, range(5), range(10, 15))
+    assert (crossings.here_at({later: 3}), crossings.lacked({later: 3})) == (13, 0)
+    assert (crossings.here_at({}), crossings.lacked({})) == (0, 700)
+    assert (crossings.here_at({ORIGINS[0]: 710}), crossings.lacked({ORIGINS[0]: 710})) == (10, 0)
