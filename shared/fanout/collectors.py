@@ -98,7 +98,7 @@ class Collectors(Generic[D]):
     def note_nodes(self, nodes: Sequence[Node]) -> None:
         """Note what the uplink tells of the nodes of a cluster, this one first."""
         shared = {name: each.account for name, each in self._served.items() if not each.destination.client.node}
-        self._perhaps_twice.note(nodes, shared)
+        self._perhaps_twice.note(nodes, shared, self.departed.names)
 
     @property
     def counters(self) -> dict[str, int]:

@@ -5,6 +5,7 @@ One that has left stays for a while, since it may come back to them.
 
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -88,6 +89,11 @@ class Departed(Generic[D]):
     def __init__(self) -> None:
         self.lost = 0
         self._departed: dict[str, _Departed[D]] = {}
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all of them."""
+        return self._departed.keys()
 
     def add(self, name: str, served: Served[D]) -> None:
         """Keep a collector that has just left, whose account has ended; its copies wait."""

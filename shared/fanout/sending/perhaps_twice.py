@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 from shared.bus.bodies.nodes_message import Node
@@ -26,21 +26,26 @@ class PerhapsTwice:
         self.until_ns = 0
         """Of what was received before, in ns since 1970, another node may have sent copies: if it comes, it is late."""
         self.left = 0
-        """Such copies to collectors that this node has left by the time at which it hears of it."""
+        """Such copies to collectors that it has left by the time at which it hears of it; in no other account."""
         self._clock = clock
         self._time_ns = time_ns
         self._accounts: dict[str, Counter[str]] = {}
         """By collector: its last account, also of those that were left since a node that is not heard was heard."""
         self._carried: Counter[str] = Counter()
-        """By collector: the copies sent once by earlier accounts."""
+        """By collector: the copies sent once by earlier accounts, less those of its last one that are in `left`."""
         self._looks: deque[tuple[float, dict[str, int]]] = deque(maxlen=LOOKS)
         """By collector: the copies sent once, as far as is known; a second apart."""
         self._heard: dict[str, dict[str, int]] = {}
         """By node: likewise, a few seconds before it was last heard to serve with this one."""
         self._missed: dict[str, int] = {}
 
-    def note(self, nodes: Sequence[Node], accounts: Mapping[str, Counter[str]]) -> None:
-        """Note what the uplink tells of the nodes, this one first; `accounts` are those of the collectors, by name."""
+    def note(
+        self, nodes: Sequence[Node], accounts: Mapping[str, Counter[str]], returning: Collection[str] = ()
+    ) -> None:
+        """Note what the uplink tells of the nodes, this one first; `accounts` are those of the collectors, by name.
+
+        Those that are `returning` have left, and may come back to their last account.
+        """
         now, (own, *others) = self._clock(), nodes
         self._follow(accounts)
         without = [node.name for node in others if node.missed > self._missed.get(node.name, node.missed)]
@@ -49,8 +54,7 @@ class PerhapsTwice:
         if without:
             for name in self._accounts:
                 before, once = min(self._heard.get(node, {}).get(name, 0) for node in without), self._once(name)
-                copies = once - before if once >= before else once  # else its account has begun anew
-                self._count(name, copies, left=name not in accounts)
+                self._count(name, max(0, once - before), left=name not in accounts)
             self._looks.clear()
         if not self._looks or now >= self._looks[-1][0] + LOOK_SECONDS:
             self._looks.append((now, {name: self._once(name) for name in self._accounts}))
@@ -64,9 +68,8 @@ class PerhapsTwice:
             self._missed[node.name] = node.missed
         if len(self._accounts) > len(accounts):
             known = MAX_LEFT * (not all(map(_is_heard, others)))
-            left = [name for name in self._accounts if name not in accounts]
-            for name in left[: max(0, len(left) - known)]:
-                del self._accounts[name], self._carried[name]
+            left = [name for name in self._accounts if name not in accounts and name not in returning]
+            self._forget(left[: max(0, len(left) - known)])
 
     def _follow(self, accounts: Mapping[str, Counter[str]]) -> None:
         for name, account in accounts.items():
@@ -79,8 +82,18 @@ class PerhapsTwice:
         return self._carried[name] + _sent_once(self._accounts[name])
 
     def _count(self, name: str, copies: int, *, left: bool) -> None:
-        self._accounts[name][PERHAPS_TWICE] += copies
-        self.left += copies * left  # nobody may ever see that account again
+        if left:  # nobody may ever see its account again
+            self.left += copies
+            self._carried[name] -= copies
+        else:
+            self._accounts[name][PERHAPS_TWICE] += copies
+
+    def _forget(self, names: Sequence[str]) -> None:
+        """Forget collectors, also as they were at earlier looks: if they come again, their accounts begin anew."""
+        for name in names:
+            del self._accounts[name], self._carried[name]
+            for once in (*(once for _, once in self._looks), *self._heard.values()):
+                once.pop(name, None)
 
 
 def _is_heard(node: Node) -> bool:

@@ -103,6 +103,18 @@ def test_what_was_sent_to_a_collector_that_was_left_meanwhile_is_counted(tmp_pat
     life.end()
 
 
+def test_what_a_collector_got_before_it_left_and_came_back_is_not_counted(tmp_path: Path) -> None:
+    """It comes back to its account; another node tells then that it has served without this one just now."""
+    life = Life(tmp_path / "kept", make_client("a"))
+    life.sent["a"]["sent"] += 1000
+    for clients, missed in (([make_client("a")], 0), ([], 0), ([make_client("a")], 1)):
+        life.collectors.replace(clients)
+        life.sent["a"]["sent"] += 5 * missed
+        life.collectors.note_nodes([Node("here", "live"), Node("there", "live", 0, missed=missed)])
+    assert (life.sent["a"]["perhaps_twice"], life.collectors.counters["perhaps_twice"]) == (5, 0)
+    life.end()
+
+
 def test_late_copies_that_another_node_may_have_sent_are_counted(tmp_path: Path) -> None:
     """Another node has served without this one: what was received before it told that, and comes now, is counted."""
     life = Life(tmp_path / "kept", make_client("a"), make_client("b", node="here"))

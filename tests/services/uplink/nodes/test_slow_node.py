@@ -105,7 +105,7 @@ def test_a_node_that_comes_counts_what_it_sends_until_others_leave_off() -> None
     world = World()
     world.clusters["a"].members.state = "joining"
     world.pass_time(30)
-    world.account.clear()
+    world.account = Counter()
     world.clusters["a"].members.state = "live"
     world.pass_time(2, heard="bc")
     until_heard = world.account[SENT]
