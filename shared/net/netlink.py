@@ -65,8 +65,12 @@ KERNEL: Final = 0
 NLMSG_ERROR: Final = 2
 NLMSG_DONE: Final = 3
 ARPHRD_ETHER: Final = 1
-SHARING: Final = frozenset({"macvlan", "macvtap", "ipvlan", "ipvtap"})
-"""Kinds of links that have their frames from the link below as they are."""
+MACVLANS: Final = frozenset({"macvlan", "macvtap"})
+"""Kinds of links that have frames to a MAC address of their own, which the link below is not for; with mode `passthru`
+they have its address, and all its frames (linux/drivers/net/macvlan.c, macvlan_handle_frame)."""
+IPVLANS: Final = frozenset({"ipvlan", "ipvtap"})
+"""Kinds of links that have those of the frames of the link below that are for their IP addresses
+(linux/drivers/net/ipvlan/ipvlan_core.c, ipvlan_handle_frame)."""
 IFF_UP: Final = 1
 IFF_RUNNING: Final = 0x40
 """The link has carrier, as far as the driver knows; without it the kernel drops what is sent, in silence."""
@@ -94,8 +98,8 @@ T = TypeVar("T")
 class Link:
     """A network interface. `ethernet` says whether its frames are Ethernet; `address` is then its 6 bytes.
 
-    `master` is the number of the bridge or bond that it is a port of; 0: none. `below` is that of the link from which
-    it has its frames as they are, as a macvlan has; 0: none. A VLAN has its frames in another form.
+    `master` is the number of the bridge or bond that it is a port of; 0: none. `below` is that of the link by which its
+    frames have come already as they are; 0: none. It has all frames of that link, or only some of them (`partial`).
     """
 
     index: int
@@ -106,6 +110,7 @@ class Link:
     up: bool
     master: int = 0
     below: int = 0
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +300,9 @@ def _family(address: str) -> int:
 
 def _link(message: Any) -> Link:
     address = message.get_attr("IFLA_ADDRESS") or ""
+    info = message.get_attr("IFLA_LINKINFO")
+    kind = (info and info.get_attr("IFLA_INFO_KIND")) or ""
+    passing = kind in IPVLANS or (kind in MACVLANS and _mode(info) == "passthru")
     return Link(
         message["index"],
         message.get_attr("IFLA_IFNAME") or "",
@@ -303,13 +311,15 @@ def _link(message: Any) -> Link:
         message.get_attr("IFLA_MTU") or 0,
         message["flags"] & IFF_UP != 0 and message["flags"] & IFF_RUNNING != 0,
         message.get_attr("IFLA_MASTER") or 0,
-        message.get_attr("IFLA_LINK") or 0 if _kind(message) in SHARING and not _is_abroad(message) else 0,
+        message.get_attr("IFLA_LINK") or 0 if passing and not _is_abroad(message) else 0,
+        kind in IPVLANS,
     )
 
 
-def _kind(message: Any) -> str:
-    info = message.get_attr("IFLA_LINKINFO")
-    return (info and info.get_attr("IFLA_INFO_KIND")) or ""
+def _mode(info: Any) -> str:
+    """Return the mode of a macvlan or macvtap."""
+    data = info.get_attr("IFLA_INFO_DATA")
+    return (data and (data.get_attr("IFLA_MACVLAN_MODE") or data.get_attr("IFLA_MACVTAP_MODE"))) or ""
 
 
 def _is_abroad(message: Any) -> bool:
@@ -318,22 +328,23 @@ def _is_abroad(message: Any) -> bool:
 
 
 def stacked(links: Collection[Link], names: Collection[str]) -> dict[str, str]:
-    """Return those of some links upon which another of them stands, at any depth, with the name of the uppermost.
+    """Return those of some links by which no other datagrams arrive than by another of them, with the name of that.
 
-    What arrives by the first arrives by the other, too.
+    One of them stands upon the other, at any depth. The upper has all that arrives by the lower, unless it is partial.
     """
     upon: dict[int, list[int]] = {}
     for link in links:
         upon.setdefault(link.index, []).append(link.master)
         upon.setdefault(link.below, []).append(link.index)
-    wanted = {link.index: link.name for link in links if link.name in names}
+    wanted = {link.index: link for link in links if link.name in names}
     found = {}
-    for index, name in wanted.items():
+    for index, link in wanted.items():
         above = [index]
         for lower in above:  # grows meanwhile
             above += [each for each in upon.get(lower, ()) if each and each not in above]
-        if uppers := [wanted[each] for each in above[1:] if each in wanted]:
-            found[name] = uppers[-1]
+        for upper in (wanted[each] for each in above[1:] if each in wanted):
+            left_out, kept = (upper, link) if upper.partial else (link, upper)
+            found[left_out.name] = kept.name
     return found
 
 

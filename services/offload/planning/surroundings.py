@@ -51,7 +51,7 @@ class Surroundings:
         self._connected: set[Place] = set()
         """Collectors to which a socket is connected now."""
         self._wanted = settings.offload.interfaces
-        self._stacked: Mapping[str, str] = {}
+        self._left_out: Mapping[str, str] = {}
         self._listeners = FollowedListeners(_offloaded(settings))
 
     def apply_settings(self, settings: Settings) -> None:
@@ -132,24 +132,24 @@ class Surroundings:
             self._own = {packed[own] for own in self._routes.own_among(packed)} if self._routes else set()
         links = self.next_hops.links
         wanted = {link.name: link.mtu for link in links if link.ethernet and link.name in self._wanted}
-        lower = stacked(links, wanted)
-        self._note_stacked(lower)
-        interfaces = {name: mtu for name, mtu in wanted.items() if name not in lower}
+        left_out = stacked(links, wanted)
+        self._note_left_out(left_out)
+        interfaces = {name: mtu for name, mtu in wanted.items() if name not in left_out}
         listeners = {name: self._expanded(places) for name, places in self._listeners.places.items()}
         # A socket keeps its address though this host has it no more, and can't send from there until it is back.
         relays = {place: source for place, source in self._relays.items() if source[0] in self._own}
         return Facts(listeners, interfaces, self._way_to, relays, troubled)
 
-    def _note_stacked(self, lower: Mapping[str, str]) -> None:
-        """Say by which interfaces the kernel makes no copies: what arrives there would be copied above once more."""
-        if lower != self._stacked:
-            self._stacked = lower
-            for name, upper in lower.items():
+    def _note_left_out(self, left_out: Mapping[str, str]) -> None:
+        """Say by which interfaces the kernel makes no copies: what arrives there arrives elsewhere, too."""
+        if left_out != self._left_out:
+            self._left_out = left_out
+            for name, other in left_out.items():
                 log.warning(
-                    "[offload] interfaces names two by which the same datagrams arrive: the kernel copies by the upper "
-                    "one alone; name one of them",
-                    lower=name,
-                    upper=upper,
+                    "[offload] interfaces names two by which the same datagrams arrive: the kernel copies by one of "
+                    "them alone; take the other out",
+                    copied_by=other,
+                    not_by=name,
                 )
 
     def _expanded(self, places: list[Place]) -> set[Place]:

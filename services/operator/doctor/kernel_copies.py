@@ -42,12 +42,12 @@ def check_kernel_copies(
 
 
 def check_interfaces(settings: Settings, links: Collection[Link]) -> Iterator[Finding]:
-    """Yield a warning for each interface that is named beside one upon it."""
-    for name, upper in stacked(links, settings.offload.interfaces).items():
+    """Yield a warning for each interface that is named beside one by which its datagrams arrive, too."""
+    for name, other in stacked(links, settings.offload.interfaces).items():
         yield warning(
             NAME,
-            f"what arrives by {name} arrives by {upper}, too: the kernel copies it by {upper} alone",
-            f"take {name} or {upper} out of [offload] interfaces",
+            f"what arrives by {name} arrives by {other}, too: the kernel copies it by {other} alone",
+            f"take {name} or {other} out of [offload] interfaces",
             name,
         )
 

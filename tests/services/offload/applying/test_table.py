@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import msgspec
 import pytest
@@ -20,6 +20,7 @@ from services.offload.applying.table import SETTLED_SECONDS, Table
 from services.offload.kernel_plan import NO_COPIES, Listener
 from shared.datagrams.routing import shares_of
 from shared.datagrams.sampling import find_buckets, find_share
+from shared.net.netlink import Netlink, stacked
 from tests.builders import make_batch, make_client
 from tests.capture import Capture, Collector
 from tests.documents import block
@@ -125,6 +126,40 @@ def test_what_comes_by_a_vlan_is_copied_on_its_own_interface(checksum_offload: b
         cable, vlan = (EXPORTERS[4][0], 2000), ("10.7.0.10", 2007)
         both = str(("in", "in.7")).encode()
         assert came == [(*cable, b"('in',)"), (*vlan, b"('in.7',)"), (*cable, both), (*vlan, both)]
+        siem.assert_quiet()
+
+
+@pytest.mark.parametrize("mode", ["private", "vepa", "bridge", "passthru", "source"])
+def test_what_comes_by_a_macvlan_or_its_link_is_copied_once(mode: str) -> None:
+    """Rules stand where `stacked` leaves them: at both, as frames go to one address or the other, unless that is one.
+
+    With mode `source` the kernel gives a datagram to the listener twice; each of these is copied.
+    """
+    with OffloadSite() as site, Collector(site.siem, SIEMS[4][0], 9000) as siem:
+        upper = End(site.relay, "upper", mac="02:00:00:00:00:07")
+        upper.make("macvlan", f"mode {mode}", over="in")
+        if mode == "source":
+            site.relay.run(*f"ip link set dev upper type macvlan macaddr add {site.exporter_end.link_address}".split())
+        site.relay.run("ip", "-batch", "-", text="link set dev upper up\naddress add 10.7.0.1/24 dev upper")
+        site.exporter.run("ip", "address", "add", "10.7.0.10/24", "dev", "eth")
+        mac = site.into.link_address if mode == "passthru" else upper.link_address
+        for address, link_address in ((RELAY[4], site.into.link_address), ("10.7.0.1", mac)):
+            site.exporter.neighbour(address, link_address, "eth")
+        with site.relay.entered(), closing(Netlink()) as netlink:
+            left_out = stacked(netlink.links(), ("in", "upper"))
+        assert left_out == ({"in": "upper"} if mode == "passthru" else {})
+        plan = site.plan([site.copy(0, 9000)])
+        listeners = (Listener(packed("10.7.0.1"), PORT), Listener(packed(RELAY[4]), PORT))
+        streams = (msgspec.structs.replace(plan.streams[0], listeners=listeners),)
+        interfaces = tuple({"in", "upper"} - left_out.keys())
+        site.table.replace(msgspec.structs.replace(plan, interfaces=interfaces, streams=streams))
+        with exporters(site) as socks, Listening(site.relay, "0.0.0.0", PORT) as listener:
+            for address in (RELAY[4], "10.7.0.1"):
+                socks[0].sendto(address.encode(), (address, PORT))
+            wanted = [RELAY[4]] * (1 + (mode == "source")) + ["10.7.0.1"]
+            came = sorted((each.payload.decode(), each.mark >> 20) for each in listener.read(len(wanted)))
+        assert came == [(address, 7) for address in wanted]
+        assert sorted(each.payload.decode() for each in siem.read(len(wanted))) == wanted
         siem.assert_quiet()
 
 

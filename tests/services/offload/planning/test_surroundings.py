@@ -211,7 +211,7 @@ def test_an_interface_is_none_beside_one_that_stands_upon_it() -> None:
             relay.run("ip", "link", "set", "dev", "between", "master", "bridge")
             wait_until(lambda: interfaces() == {"bridge"}, "the bridge has what arrives by the link")
             (line,) = logs
-            assert (line["lower"], line["upper"]) == ("link", "bridge")
+            assert (line["not_by"], line["copied_by"]) == ("link", "bridge")
             between.remove()
             wait_until(lambda: interfaces() == {"bridge", "link"}, "they have nothing in common any more")
 

@@ -69,6 +69,25 @@ def test_interfaces_that_stand_upon_one_another_are_told() -> None:
     ]
 
 
+def test_a_link_has_all_that_arrives_by_its_ipvlan() -> None:
+    """An ipvlan has of its link what is for its own addresses, so the link counts, and the bridge that has that."""
+    links = [
+        Link(1, "eth0", True, bytes(6), 1500, True, master=3),
+        Link(2, "ipvlan0", True, bytes(6), 1500, True, below=3, partial=True),
+        Link(3, "br0", True, bytes(6), 1500, True),
+    ]
+    for named, wanted in (
+        (("br0", "ipvlan0"), {"ipvlan0": "br0"}),
+        (("eth0", "ipvlan0"), {"ipvlan0": "eth0"}),
+        (("eth0", "br0", "ipvlan0"), {"eth0": "br0", "ipvlan0": "br0"}),
+    ):
+        found = check_interfaces(Settings(offload=Offload(interfaces=named)), links)
+        assert {each.subject: each.why for each in found} == {
+            name: f"what arrives by {name} arrives by {other}, too: the kernel copies it by {other} alone"
+            for name, other in wanted.items()
+        }
+
+
 def test_drops_where_copies_leave_are_told() -> None:
     """Nobody knows whose they were, so they are told by interface, as the most that may be lost."""
     egress = {"egress/eth1": {"queue_drops": 7, "link_drops": 2}, "egress/eth2": {"queue_drops": 0, "link_drops": 0}}
