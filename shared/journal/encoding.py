@@ -54,7 +54,7 @@ class Records:
     """Batches of one stream ready to be written: a record each, `sizes` bytes long."""
 
     def __init__(self, some: Sequence[Numbered], began_ns: int, destination: Destination) -> None:
-        packed = [(identity, pack_payload(batch)) for identity, batch in some]
+        packed = [(identity, _packed(batch)) for identity, batch in some]
         self.sizes: list[int] = []
         if sum([len(batch) for _, batch in some]) <= FEW_PACKETS:
             self._data: bytes | PacketPieces = self._encode_few(packed, began_ns, destination)
@@ -127,17 +127,11 @@ class Records:
 _END: Final = make_option(END_OF_OPTIONS)
 
 
-def pack_payload(batch: DatagramBatch) -> DatagramBatch:
+def _packed(batch: DatagramBatch) -> DatagramBatch:
     """Return the batch with its payloads end to end; itself where they are."""
     if not batch.stride:
         return batch
-    length = batch.length_list[0]
-    if (batch.rows["length"] == length).all():
-        whole = np.frombuffer(batch.payload, np.uint8).reshape(len(batch), batch.stride)
-        payload = np.ascontiguousarray(whole[:, :length]).tobytes()
-    else:
-        payload = batch.packed()
-    return DatagramBatch(batch.stream, batch.received_ns, batch.rows, payload)
+    return DatagramBatch(batch.stream, batch.received_ns, batch.rows, batch.packed())
 
 
 def _families(six: Mask | None) -> tuple[int, bytes]:
