@@ -45,6 +45,12 @@ class CheckedSink:
         wait_until(lambda: self.counters[READY], "the sink is ready")
 
     @property
+    def idle(self) -> bool:
+        """Return whether all that has come is in the counters."""
+        readable, _, _ = select.select([self._sink.socket], [], [], 0)  # first: the process says that it is not idle,
+        return not readable and bool(self.counters[READY])  # and then reads
+
+    @property
     def arrived(self) -> int:
         """Datagrams that came: read, or dropped where the socket was full."""
         return int(self.counters[RECEIVED]) + self._sink.dropped
@@ -70,9 +76,10 @@ def check(path: Path, workload: Workload, *, original: bool) -> None:
     last, behind = [-1] * workload.exporters, [-1] * workload.exporters
     seen = bytearray(MOST)
     arena = ReceiveArena()
-    counters[READY] = 1
     while True:
+        counters[READY] = 1
         select.select([0], [], [])
+        counters[READY] = 0
         count = arena.receive(0)
         sources = arena.names.view(np.uint8).reshape(len(arena.names), -1)[:count, 4:8].tobytes()
         for index in range(count):

@@ -228,7 +228,7 @@ class World:
             assert time.monotonic() < deadline, "it never comes to rest"
             self.tend()
             now = [*self.arrived(), self.kernel_dropped()]
-            if now != seen:
+            if now != seen or not all(sink.idle for sink in self.checked):
                 seen, changed_at = now, time.monotonic()
             time.sleep(0.05)
 

@@ -21,7 +21,7 @@ CONNECTIONS = 1000
 def gateway(stack: Stack) -> Running:
     """A gateway with little memory, and the broker it needs."""
     stack.by_exec = True  # its memory is to be its own
-    stack.configure(f"[gateway]\nmemory = {CEILING}\nrequest_seconds = 60\nmax_clients_per_holder = 10000\n")
+    stack.configure(f"[gateway]\nmemory = {CEILING}\nrequest_seconds = 600\nmax_clients_per_holder = 10000\n")
     stack.start("broker")
     return stack.start("gateway")
 
