@@ -36,6 +36,8 @@ from shared.settings.model import Settings
 
 BEAT_SECONDS: Final = 1.0
 """Time between two records of the session."""
+AGAIN_BEATS: Final = 10
+"""Beats within which each place that was refused is tried again."""
 LOOK_SECONDS: Final = 5.0
 """Time between looks whether the log still has what this node has: what was purged by hand, no record tells of."""
 SURE_SECONDS: Final = 0.05
@@ -320,15 +322,16 @@ class Member:
                 log.warning("a node has gone: its clients' leases are measured by another one", node=record.node)
 
     async def _write_pasts(self, bucket: BucketLog) -> None:
-        """Write what is new first, and between that once a second what was refused."""
-        again_at = 0.0
+        """Write what is new first, and between that each second some of what was refused."""
+        again_at, refused = 0.0, 0
         while True:
             self._past_wanted.clear()
             if self._pasts:
                 await self._write_past(bucket, self._pasts)
             elif self._refused and time.monotonic() >= again_at:
-                if not await self._write_past(bucket, self._refused):
-                    again_at = time.monotonic() + BEAT_SECONDS
+                refused += not await self._write_past(bucket, self._refused)
+                if refused * AGAIN_BEATS >= len(self._refused):
+                    again_at, refused = time.monotonic() + BEAT_SECONDS, 0
             else:
                 if not self._refused:
                     self._troubles.end("places", "places that collectors have reached are all kept again")

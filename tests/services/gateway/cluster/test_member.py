@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -14,7 +14,7 @@ from services.gateway.cluster import changes as module
 from services.gateway.cluster import member as member_module
 from services.gateway.cluster.bucket_log import LogError, OvertakenError, Write
 from services.gateway.cluster.keys import LISTED, SESSION
-from services.gateway.cluster.member import SESSION_TTL_SECONDS, Member
+from services.gateway.cluster.member import AGAIN_BEATS, SESSION_TTL_SECONDS, Member
 from services.gateway.cluster.records import GONE_SECONDS, Gone, Identity, encode, key_of
 from services.gateway.registry.changes import ignore, never_keep
 from services.gateway.registry.entry import Entry, Origin
@@ -282,16 +282,38 @@ def test_an_entry_that_is_gone_from_the_log_is_noticed(monkeypatch: pytest.Monke
     run(work)
 
 
+class Refusing:
+    """A bucket that does not take some places."""
+
+    def __init__(self) -> None:
+        self.tried: list[str] = []
+
+    async def put(self, write: Write) -> None:
+        """Take a record, unless it is called so."""
+        self.tried.append(write.key)
+        if "refused" in write.key:
+            raise LogError("the bucket can't be written")
+
+
+def test_places_that_were_refused_are_tried_again_within_some_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each second a part of them, however many there are: one that the server takes again waits for few others."""
+    monkeypatch.setattr(member_module, "BEAT_SECONDS", 3600.0)
+
+    async def work(node: Node) -> None:
+        bucket: Any = Refusing()
+        past = Past("", 1, 5, ("messages",), ())
+        count = 3 * AGAIN_BEATS
+        writing = asyncio.create_task(node.member._write_pasts(bucket))
+        node.member.keep_pasts({f"refused-{number}": past for number in range(count)})
+        await until(lambda: len(bucket.tried) == count + 3)
+        assert bucket.tried[count:] == bucket.tried[:3]
+        await end(writing)
+
+    run(work)
+
+
 def test_a_new_place_does_not_wait_for_those_that_are_refused() -> None:
     """One that is new is the next to be written, however many places the server does not take."""
-
-    class Refusing:
-        tried: ClassVar[list[str]] = []
-
-        async def put(self, write: Write) -> None:
-            self.tried.append(write.key)
-            if "refused" in write.key:
-                raise LogError("the bucket can't be written")
 
     async def work(node: Node) -> None:
         bucket: Any = Refusing()
