@@ -317,8 +317,8 @@ class Service:
             pause = shortest if time.monotonic() - began > longest else min(longest, 2 * pause)
             await asyncio.sleep(pause)
 
-    def _report(self) -> None:
-        self._reporter.report(self._accounts)
+    def _report(self, *, ended: bool = False) -> None:
+        self._reporter.report(self._accounts, ended=ended)
 
     def _accounts(self) -> Accounts:
         rejected = sum(self._subscriber.rejected.values())
@@ -364,7 +364,7 @@ class Service:
 
     def _finish(self) -> None:
         self._sending.finish()
-        self._report()
+        self._report(ended=True)
         told = {name: dict(each) for name, each in self._sending.accounts.items()}
         log.info("drained", service=self.name, **told)
 

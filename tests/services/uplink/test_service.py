@@ -14,13 +14,14 @@ from nats.aio.msg import Msg
 
 from services.uplink import __main__ as program
 from services.uplink.outgoing.outbox import LARGEST_MESSAGE
+from shared.bus.messages import Status, status_topic
 from shared.ledger.accounts import Accounts
 from shared.ledger.equations import discrepancies
 from shared.nats import installed
 from shared.process.lifecycle import CANT_CREATE, OperatorError
 from shared.settings.model import Settings
 from shared.settings.uplink import Uplink
-from tests.builders import BusEnds, accounts_when, take_datagrams
+from tests.builders import BusEnds, accounts_when, take, take_datagrams
 from tests.services.ingest.flows.exported import netflow_v9
 from tests.services.uplink.nats import NatsServer, free_port, handled
 from tests.services.uplink.sites import Site, assert_balanced, away, exporter, flows, home, receive
@@ -278,6 +279,21 @@ def test_without_servers_nothing_is_there(stack: Stack) -> None:
     assert len(sockets) == 2, "the pair by which signals wake it"
     assert not stack.bus.exists()
     assert found.stop() == 0
+
+
+def test_its_last_report_says_so(stack: Stack) -> None:
+    """An uplink that is told to end says that this report is its last: a sender that ends later waits not for it."""
+    stack.configure(f'[uplink]\nservers = ["nats://127.0.0.1:{free_port()}"]\nsite = "a"\n')
+    stack.start("broker")
+    with BusEnds(stack.bus) as bus:
+        subscriber = bus.subscriber(status_topic("uplink.1"))
+        uplink, said = stack.start("uplink"), list[bool]()
+        uplink.process.send_signal(signal.SIGTERM)
+        while not (said and said[-1]):
+            body = take(subscriber).body
+            assert isinstance(body, Status)
+            said.append(body.ended)
+        assert uplink.process.wait(60) == 0
 
 
 def test_the_extra_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
