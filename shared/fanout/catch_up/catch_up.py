@@ -221,7 +221,7 @@ class CatchUp(Generic[D]):
                 sent = self._served_before.get(client.name) == client.generation
                 places = possible_places(resume.places, living, self.rings[stream], followed, sent=sent)
                 if (here := self._left_off.places(client.name, resume.generation)) is not None:
-                    places, lacked = with_beginnings(stream, here, followed), 0
+                    places, lacked = with_beginnings(stream, here, followed, self.rings[stream].let_go)
             self._collectors.past.count_discovered(client.name, lacked)
             self._collectors.past.count_unread(client.name, lacked, 0)
             pursued.pursuit.begin(places, followed)

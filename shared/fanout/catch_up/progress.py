@@ -139,19 +139,20 @@ def possible_places(
             yield msgspec.structs.replace(place, total=max(place.total, had))
 
 
-def with_beginnings(stream: str, places: Iterable[Place], followed: Mapping[Worker, Position]) -> Iterator[Place]:
-    """Yield places in a stream, and of each ingest worker that has none where it began to come here.
+def with_beginnings(
+    stream: str, places: Iterable[Place], followed: Mapping[Worker, Position], let_go: Mapping[Worker, int]
+) -> tuple[list[Place], int]:
+    """Return places in a stream, with those where ingest workers began to come here that have none; and what is lacked.
 
-    None for the uplink, which brings streams of other sites: nobody knows how much of what JetStream keeps is owed.
+    The uplink brings streams of other sites: nobody knows how much of what JetStream keeps is owed. What was received
+    since there is a ring is, and is lacked if the ring has `let_go` of it.
     """
-    known = set[Worker]()
-    for place in places:
-        if place.stream == stream:
-            yield place
-            known.add((place.worker, place.boot))
-    for worker, position in followed.items():
-        if worker not in known and worker[0].startswith("ingest."):
-            yield Place(stream, *worker, 0, position.baseline)
+    own = [place for place in places if place.stream == stream]
+    known = {(place.worker, place.boot) for place in own}
+    begun = {worker: each.baseline for worker, each in followed.items() if worker[0].startswith("ingest.")}
+    own += [Place(stream, *worker, 0, total) for worker, total in begun.items() if worker not in known]
+    lost = {worker: count for worker, count in let_go.items() if worker[0].startswith("uplink.")}
+    return own, sum(count for worker, count in lost.items() if worker not in known)
 
 
 class LeftOff:

@@ -6,7 +6,7 @@ catch up have it. Pure: it decides and keeps, and reads nothing but its clock.
 
 import time
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from math import inf
@@ -76,6 +76,9 @@ class Window:
     ) -> None:
         self.first = self.stop = 0
         self.size = 0
+        self.let_go: Counter[Worker] = Counter()
+        """By worker: its datagrams that were received since this window is there, and are not kept any more."""
+        self._began_ns = time.time_ns()
         self._clock = clock
         self.seconds = SECONDS
         self._most_bytes = most_bytes
@@ -142,6 +145,8 @@ class Window:
             self._order.popleft()
             self.first += 1
             run.batches.popleft()
+            if numbered.batch.received_ns >= self._began_ns:
+                self._note_let_go(numbered)
             begin, end = self._suspect.get(numbered.worker, (0, 0))
             if old and numbered.end > begin and numbered.total < end:
                 run.patch.append(numbered)
@@ -149,6 +154,11 @@ class Window:
                 self.size -= numbered.size
             run.whole_from = max(run.whole_from, numbered.end)
         self._trim_patches(most)
+
+    def _note_let_go(self, numbered: Numbered) -> None:
+        self.let_go[numbered.worker] += len(numbered.batch)
+        if len(self.let_go) > MAX_POSITIONS:
+            del self.let_go[next(iter(self.let_go))]
 
     def _trim_patches(self, most: int) -> None:
         """Of too much, let go of the oldest that the journal may lack first: nobody gets level without the latest."""

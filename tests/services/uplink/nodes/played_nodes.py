@@ -102,6 +102,7 @@ class Relay:
         for worker in (INGEST, UPLINK):
             disk.published[worker, boot] = []
             self._ring[worker, boot] = deque()
+        self._let_go: Counter[Worker] = Counter()
         self._reports = 0
 
     def _places(self) -> list[Place]:
@@ -153,10 +154,12 @@ class Relay:
         followed = {each: Position(0, self._baselines.get(each, 0), len(some)) for each, some in published.items()}
         window = Mock(find=lambda worker, _: bool(rings[worker]) if worker in rings else False)
         living = [worker for worker in published if worker[1] == self.boot]
-        found = possible_places(resume.places, living, window, followed, sent=name in self._served_before)
+        found: Iterable[Place] = possible_places(
+            resume.places, living, window, followed, sent=name in self._served_before
+        )
         lacked = sum(place.lacked for place in resume.places)
         if (here := self._left_off.places(name, resume.generation)) is not None:
-            found, lacked = with_beginnings(STREAM, here, followed), 0
+            found, lacked = with_beginnings(STREAM, here, followed, self._let_go)
         self._world.lacked[name] += lacked
         places = {(each.worker, each.boot): each.total for each in found}
         for worker, some in published.items():
@@ -186,7 +189,8 @@ class Relay:
         if self.subscribed:
             ring.append((self._world.now, len(some)))
         while ring and ring[0][0] < self._world.now - RING_SECONDS:
-            ring.popleft()
+            _, number = ring.popleft()
+            self._let_go[worker, self.boot] += self._world.received_ns(some[number]) >= self._began_ns
         some.append(datagram)
         for name in self._own:
             self._send(name, datagram)

@@ -120,6 +120,21 @@ def test_what_a_node_has_lacked_that_was_killed_while_it_was_parted_is_brought(
     settle(world)
 
 
+def test_what_comes_of_other_nodes_before_the_first_one_joins_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All nodes have died, and one is not heard: the first to join counts what its ring has no more of another one."""
+    world = World(monkeypatch, "hold")
+    world.pass_time(8)
+    world.broken.update(("ab", "ac"))
+    for name in NODES:
+        world.kill(name)
+    world.pass_time(2)
+    for name in ("a", "c", "b"):
+        world.start(name)
+        world.pass_time(3)
+    world.pass_time(30)
+    settle(world)
+
+
 def play(world: World, random: Random, *, kills: bool) -> None:
     """Break and heal links, kill and start nodes, with pauses between."""
     world.pass_time(8)

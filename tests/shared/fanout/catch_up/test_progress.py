@@ -47,4 +47,11 @@ def test_what_a_worker_had_before_it_was_followed_is_owed_from_its_begin() -> No
     """A worker began before its stream was followed again: what it had until then, nobody has served."""
     followed = {("ingest.1", 2): Position(0, 3, 40, unserved=17), ("uplink.1", 2): Position(0, 0, 9)}
     left = [Place("flows", "ingest.1", 1, 0, 70)]
-    assert list(with_beginnings("flows", left, followed)) == [*left, Place("flows", "ingest.1", 2, 0, 3)]
+    assert with_beginnings("flows", left, followed, {}) == ([*left, Place("flows", "ingest.1", 2, 0, 3)], 0)
+
+
+def test_what_a_ring_has_let_go_of_other_sites_is_lacked_unless_there_is_a_place() -> None:
+    """Nobody serves: what comes of other nodes meanwhile is owed. From a place on it is owed anyway."""
+    left = [Place("flows", "uplink.1", 1, 0, 70), Place("more", "uplink.1", 2, 0, 5)]
+    let_go = {("uplink.1", 1): 90, ("uplink.1", 2): 9, ("ingest.1", 2): 40}
+    assert with_beginnings("flows", left, {}, let_go) == (left[:1], 9)

@@ -1,6 +1,8 @@
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
-from shared.bus.continuity import Worker
+from shared.bus.continuity import MAX_POSITIONS, Worker
 from shared.fanout.catch_up.window import SECONDS, Numbered, Window
 from tests.builders import make_batch
 
@@ -39,3 +41,29 @@ def test_workers_that_have_ended_are_forgotten() -> None:
         known = window._runs.keys(), window._suspect.keys(), window._opening.keys(), window._open
         assert all(each <= {worker} for each in known), known
     assert (window.size, window.first, window.stop) == (0, 20, 20)
+
+
+def test_what_was_received_since_a_window_is_there_is_counted_as_it_goes() -> None:
+    """Other nodes' datagrams that come late were received before: nobody knows who owes them."""
+    at = SimpleNamespace(now=0.0)
+    window = Window(lambda: at.now, journaled=False)
+    for number, received_ns in enumerate((1, time.time_ns(), time.time_ns())):
+        batch = replace(make_batch([b"x", b"y"]), received_ns=received_ns)
+        window.add(Numbered(WORKER, number, 2 * number, batch))
+        at.now += 0.75 * SECONDS
+    assert window.let_go == {}
+    for count in (2, 4):
+        window.trim()
+        assert window.let_go == {WORKER: count}
+        at.now += 0.75 * SECONDS
+
+
+def test_what_was_let_go_of_workers_without_end_does_not_fill_the_memory() -> None:
+    """Workers are started anew again and again: of those that were last it is known."""
+    at = SimpleNamespace(now=0.0)
+    window = Window(lambda: at.now, journaled=False)
+    for boot in range(MAX_POSITIONS + 3):
+        window.add(Numbered(("uplink.1", boot), 0, 0, replace(make_batch([b"x"]), received_ns=time.time_ns())))
+    at.now += SECONDS
+    window.trim()
+    assert [*window.let_go] == [("uplink.1", boot) for boot in range(3, MAX_POSITIONS + 3)]
