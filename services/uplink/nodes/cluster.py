@@ -80,10 +80,7 @@ class Cluster:
         """By source: the boot of its sender, and the number of the first report that was heard of that."""
         self._heard_ns: dict[str, int] = {}
         self._before: dict[str, dict[Key, int]] = {}
-        """By node: where senders here were when it was found to have been started: it owes nothing from before.
-
-        One that serves by then, as it was parted, is where its last start was.
-        """
+        """By node: where it was when it was found to have been started."""
         self._growing: dict[Key, int] = {}
         """By origin here that has sent anything since: where it began to. A node that tells nothing of it lacks all."""
         self._awaited: set[Key] = set()
@@ -231,14 +228,23 @@ class Cluster:
             if len(self._awaited) > MAX_ORIGINS:
                 self._awaited.clear()
         elif before or (beat.state == "joining" and self.members.state == "live"):
-            parted = beat.node in beat.serving  # it serves already
-            reached = self._reached if not parted else before.reached if before else {}
-            self._before[beat.node] = {each.key: each.total for some in reached.values() for each in some}
+            self._before[beat.node] = self._places_before(beat, before)
         self._heard_ns[beat.node] = self._time_ns()
         told = beat.missed.get(self.members.own, 0)  # of no interest if that was before this one began
         self._missed[beat.node] += told > self._missed_by.get(beat.node, self._began_ns)
         self._missed_by[beat.node] = told
         return self.members.live != live
+
+    def _places_before(self, beat: Beat, before: Beat | None) -> dict[Key, int]:
+        """Return where a new start of a node is, by its first beat: where senders here are, as it owes nothing else.
+
+        One that serves already, as it was parted, is where its last start was by the beat `before`.
+        """
+        here = _totals(self._reached)
+        if beat.node not in beat.serving:
+            return here
+        last = {**self._before.get(beat.node, {}), **(_totals(before.reached) if before else {})}
+        return {key: last[key] for key in here if key in last}
 
     def beat(self, state: BeatState | None = None) -> Beat:
         """Return the next beat of this node. In the minority it is joining: others are to hand nothing over to it.
@@ -297,3 +303,7 @@ class Cluster:
         for stream, crossings in self._crossings.items():
             here, lacked = crossings.here_at(totals), crossings.lacked(totals)
             yield Place(stream, self._sender, self._boot, 0, here, lacked=lacked)
+
+
+def _totals(reached: Mapping[Source, list[Reached]]) -> dict[Key, int]:
+    return {each.key: each.total for some in reached.values() for each in some}
