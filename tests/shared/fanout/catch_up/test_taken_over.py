@@ -43,12 +43,12 @@ class Played:
         sequence, total = self._at if batch is not None else (0, 0)
         self.service._take(Message(topic, make_envelope(sequence, total, sender=sender, boot=boot), body, batch))
 
-    def publish(self, boot: int, total: int, count: int) -> None:
-        """Let a batch of a start of ingest come, behind `total` datagrams; 0: a mark."""
+    def publish(self, boot: int, total: int, count: int, worker: str = INGEST) -> None:
+        """Let a batch of a start of a worker come, behind `total` datagrams; 0: a mark."""
         self._at = total + (count > 0), total
         payloads = [b"%d/%d" % (boot, total + number) for number in range(count)]
         batch = replace(make_batch(payloads, stream=STREAM), received_ns=time.time_ns())
-        self._take(datagrams_topic(STREAM), Datagrams(STREAM, batch.received_ns), INGEST, boot, batch)
+        self._take(datagrams_topic(STREAM), Datagrams(STREAM, batch.received_ns), worker, boot, batch)
 
     def report(self, boot: int, published: int, **ended: int) -> None:
         """Let a start of ingest report, also with how many datagrams earlier ones have ended."""
@@ -147,22 +147,23 @@ def test_a_node_that_nobody_stood_in_for_goes_on_where_it_has_left_off(tmp_path:
         assert (account["expected"], account["sent"], account[PERHAPS_TWICE]) == (140, 140, 35)
 
 
-def test_what_came_before_the_first_node_joins_is_delivered_or_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("worker", [INGEST, "uplink.1"])
+def test_what_came_before_the_first_node_joins_is_delivered_or_counted(worker: str, tmp_path: Path) -> None:
     """A node that joins while no other one lives sends its collectors what came meanwhile, and counts what it let go.
 
     Another node may have sent it, which was not heard.
     """
     sock, _ = open_receiver("127.0.0.1", 0)
     with closing(sock), forwarder(tmp_path, sock.getsockname()[1], "silent") as node:
-        node.publish(1, 0, 0)
-        node.publish(1, 0, 100)
-        node.publish(1, 100, 30)
+        node.publish(1, 0, 0, worker)
+        node.publish(1, 0, 100, worker)
+        node.publish(1, 100, 30, worker)
         node.pass_time()
         window = node.service._catch_up.rings[STREAM]
         window.trim(window.size - 1)
         node.tell("live", other="silent")
         wait_until(node.is_level, "it serves")
-        node.publish(1, 130, 5)
+        node.publish(1, 130, 5, worker)
         node.pass_time()
         account = node.service._collectors.accounts()[f"collector/{NAME}"]
         told = account["expected"], account["sent"], account[NOT_JOURNALED], account[PERHAPS_TWICE]
