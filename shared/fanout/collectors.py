@@ -245,6 +245,15 @@ class Collectors(Generic[D]):
                 served.account[MISSED] += missed
                 self._count_unseen(client, stream, missed)
 
+    def count_left_behind(self, name: str, count: int) -> None:
+        """Count datagrams that waited in the journal for a collector, and do so no more.
+
+        Until the first registry has come it is one that the last process has served.
+        """
+        served, (_, before) = self._served.get(name), self._known.get(name, (None, Counter[str]()))
+        if count:
+            (served.account if served else before)[LEFT_BEHIND] += count
+
     def count_unserved(self, unserved: Unserved, joining: Collection[str] = ()) -> None:
         """Count datagrams that no process served; those that came before this one, for whom the last one served."""
         stream, count, before, published = unserved

@@ -123,13 +123,18 @@ class CatchUp(Generic[D]):
         return {ALIVE: self._alive, **past}
 
     def note_leaving(self, clients: Mapping[str, Client]) -> None:
-        """Note the places of collectors that leave: `clients`, the new ones, have them no more, or as others."""
+        """End the pursuits of collectors that leave, and note their places: `clients` have them no more, or as others.
+
+        One that stays may leave a stream.
+        """
+        streams = [stream for stream, _ in self.rings.items()]
         for client in (*self._collectors.clients, *self._before):
             new = clients.get(client.name)
-            if new is None or new.generation != client.generation:
+            goes_on = new if new and new.generation == client.generation else None
+            if goes_on is None:
                 self._leave(client)
-            else:
-                for stream in self._streams_of(client) - self._streams_of(new):
+            for stream in streams:
+                if goes_on is None or not goes_on.wants(stream):
                     self._end(client.name, stream)
         self._before = ()
 
@@ -146,12 +151,6 @@ class CatchUp(Generic[D]):
             self._progress.note_left(client, since_ns - STRAY_NS, places)
         left = [place for each in self._unjournaled(client) for place in self._places(client.name, each, 0)]
         self._left_off.note(client, left)
-        for stream in self._streams_of(client):
-            if (client.name, stream) in self._pursued:
-                if client.name in self._collectors:
-                    count = self._pursued[client.name, stream].pursuit.deferred(self._streams.positions(stream))
-                    self._collectors.past.count_left_behind(client.name, count)
-                self._end(client.name, stream)
         self._progress.forget_level(client.name)
 
     def _unjournaled(self, client: Client) -> frozenset[str]:
@@ -171,7 +170,7 @@ class CatchUp(Generic[D]):
         """Begin the pursuits that these collectors need; with `first` they are the first of this process."""
         for name, stream in list(self._pursued):
             served = clients.get(name)
-            if served is None or stream not in self._streams_of(served):
+            if served is None or not served.wants(stream):
                 self._end(name, stream)
             elif first:  # the last process has left it
                 self._collectors.past.set_behind(name, stream)
@@ -247,8 +246,10 @@ class CatchUp(Generic[D]):
         return pursued
 
     def _end(self, name: str, stream: str) -> None:
-        if self._pursued.pop((name, stream), None) is None:
+        """End a pursuit, if there is one; what was still to come by it is left behind."""
+        if (pursued := self._pursued.pop((name, stream), None)) is None:
             return
+        self._collectors.count_left_behind(name, pursued.pursuit.deferred(self._streams.positions(stream)))
         del self._tables[name, stream]
         self._kept.suspend()  # until that is kept without this table: what comes is sent live
         self._collectors.past.end_behind(name, stream)

@@ -20,7 +20,6 @@ from shared.ledger.counters import (
     EXPECTED,
     EXPIRED_UNREAD,
     FILTERED,
-    LEFT_BEHIND,
     NOT_JOURNALED,
     OFFERED,
     SAMPLED_OUT,
@@ -101,10 +100,6 @@ class PastRoutes(Generic[D]):
             account[EXPIRED_UNREAD] += expired
         if missing > expired:
             account[NOT_JOURNALED] += missing - expired
-
-    def count_left_behind(self, name: str, count: int) -> None:
-        """Count datagrams that waited in the journal for a collector that leaves or begins anew."""
-        self._collectors[name].account[LEFT_BEHIND] += count
 
     def excuse(self, name: str, count: int) -> None:
         """Count datagrams that now come live, and that a collector has had from the journal before, not once more."""

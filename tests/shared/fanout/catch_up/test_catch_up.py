@@ -32,6 +32,7 @@ from shared.fanout.sending.backlog import Backlog
 from shared.fanout.templates import TemplateDelivery
 from shared.journal.records import Identity
 from shared.ledger.counters import PERHAPS_TWICE
+from shared.ledger.equations import discrepancies
 from shared.process import memory
 from shared.process.memory import Memory
 from shared.settings.entries import Stream
@@ -286,6 +287,54 @@ def test_a_collector_is_away_on_all_its_streams(sender: Sender, monkeypatch: pyt
             last = b"%s%06d" % (stream.encode(), 3 * STEP_ROWS - 1)
             assert of == sorted(set(of)), stream
             assert (of[0], of[-1]) == (b"%s%06d" % (stream.encode(), 0), last)
+
+
+@pytest.mark.parametrize("removed", ["stream", "journal"])
+def test_what_was_owed_of_a_stream_is_counted_when_that_or_its_journal_is_removed(sender: Sender, removed: str) -> None:
+    """The entry of one that catches up keeps its generation and lacks the stream, or the stream has no journal now.
+
+    What waited of the stream is left behind, or comes as far as it is here.
+    """
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        siem = make_client("siem", sock.getsockname()[1], streams=(A, B), generation=5, resume=Resume(1))
+        sender.serve(siem)
+        for stream in (A, B):
+            sender.publish(stream, 10)
+        sender.turn()
+        assert sender.service._catch_up.owed.deferred("siem") == 20
+        if removed == "stream":
+            sender.serve(msgspec.structs.replace(siem, streams=(A,)))
+        else:
+            kept_no_more = msgspec.structs.replace(STREAMS[1], journal=False)
+            sender.service.apply_settings(Settings(streams=(STREAMS[0], kept_no_more)))
+            sender.serve(siem)
+        until(sender, lambda: not sender.pursued)
+        accounts = sender.service._accounts()
+        account = Counter(accounts["collector/siem"])
+        assert (account["sent"], account["left_behind"]) == ((10, 10) if removed == "stream" else (20, 0))
+        assert not [*discrepancies(accounts)]
+
+
+def test_what_was_owed_is_counted_when_sender_and_collector_begin_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector signs up anew, and not for the past, while the sender is restarted: that has its account still."""
+    monkeypatch.setattr(zmq_sockets, "LINGER_MS", 0)
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        siem = make_client("siem", sock.getsockname()[1], streams=(A,), generation=5, resume=Resume(1))
+        with Sender(tmp_path) as sender:
+            sender.serve(siem)
+            sender.publish(A, 10)
+            sender.turn()
+        with Sender(tmp_path) as successor:
+            successor.published = sender.published
+            successor.serve(msgspec.structs.replace(siem, generation=6, resume=None))
+            accounts = successor.service._accounts()
+            account = Counter(accounts["collector/siem"])
+            assert (account["offered"], account["sent"], account["left_behind"]) == (10, 0, 10)
+            assert not [*discrepancies(accounts)]
 
 
 def test_live_copies_that_wait_are_owed_when_the_past_is_refused(sender: Sender) -> None:
