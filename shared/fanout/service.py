@@ -40,7 +40,7 @@ from shared.fanout.serve_requests import ServeRequests
 from shared.fanout.served_collector import MARKS, D
 from shared.fanout.snapshot_request import SnapshotRequest
 from shared.fanout.streams import ORIGIN_COUNTERS, FollowedStreams
-from shared.fanout.templates import NOBODY, TemplateDelivery
+from shared.fanout.templates import TemplateDelivery
 from shared.fanout.waiting_batches import WaitingBatches
 from shared.ledger.accounts import Accounts
 from shared.ledger.counters import COLLECTOR_COUNTERS, FILES_RESTORED, STOPPED
@@ -113,7 +113,6 @@ class CopyService(CopySender[D]):
         self._idle = True
         """True if no copies were sent since the collectors were examined."""
         self._gathered = WaitingBatches()
-        self._joining = NOBODY  # gets nothing of the batches that wait
         for topic in self.topics():
             self._subscriber.subscribe(topic)
         return self
@@ -241,13 +240,7 @@ class CopyService(CopySender[D]):
         if not (message.batch or isinstance(body, Status)) or self._requests:
             self._upkeep_at = 0.0  # for what becomes due by it, such as an answer
         if message.batch is not None:
-            joining = self._templates.before_batch(message.batch.stream, worker)
-            if missed := self._streams.note_batch(message.topic, envelope, len(message.batch)):
-                self._collectors.count_missed(message.batch.stream, missed, joining)
-            if missed is not None and len(message.batch):
-                if isinstance(body, Datagrams):
-                    self._catch_up.note_live(envelope, body, message.batch, joining)
-                self._gather(message.batch, joining)
+            self._take_batch(message, message.batch)
         elif isinstance(body, Templates | Renewals):
             self._templates.take(message)
         elif isinstance(body, RegistrySnapshot | RegistryChange | Nodes):
@@ -262,6 +255,7 @@ class CopyService(CopySender[D]):
         elif isinstance(body, Status) and envelope.sender.startswith(JOURNAL):
             self._catch_up.rings.confirm(envelope, body)
         elif isinstance(body, Status):
+            self._send_all()  # before what is missing behind it is noted
             for stream, missed in self._streams.reconcile(envelope, body).items():
                 self._collectors.count_missed(stream, missed, self._templates.joining(stream, worker))
         else:
@@ -269,14 +263,21 @@ class CopyService(CopySender[D]):
         for unserved in self._streams.pop_unserved() if self._streams.unserved else ():
             self._collectors.count_unserved(unserved, self._templates.joining(unserved.stream, worker))
 
-    def _gather(self, batch: DatagramBatch, joining: frozenset[str]) -> None:
-        """Let a batch wait for others of its stream that have come too, up to the limits; all for the same."""
-        if joining != self._joining or not self._gathered.has_room(batch):
-            self._send_all()
-        self._joining = joining
-        self._taken += len(batch.payload)
-        if not self._gathered.add(batch):
-            self._send_gathered(batch.stream)
+    def _take_batch(self, message: Message, batch: DatagramBatch) -> None:
+        """Let a batch wait for others of its stream that have come too, up to the limits."""
+        stream, envelope = batch.stream, message.envelope
+        joining = self._templates.before_batch(stream, (envelope.sender, envelope.boot))
+        together = self._gathered.has_room(batch, joining)
+        if not (together and self._streams.follows(message.topic, envelope)):
+            self._send_all()  # before this one is noted, and what is missing between them
+        if missed := self._streams.note_batch(message.topic, envelope, len(batch)):
+            self._collectors.count_missed(stream, missed, joining)
+        if missed is not None and len(batch):
+            if isinstance(message.body, Datagrams):
+                self._catch_up.note_live(envelope, message.body, batch, joining)
+            self._taken += len(batch.payload)
+            if not self._gathered.add(batch, joining):
+                self._send_gathered(stream)
 
     def _send_all(self) -> None:
         for stream in self._gathered.streams:
@@ -290,7 +291,7 @@ class CopyService(CopySender[D]):
         self._catch_up.before_sending(stream)
         self._resume_keeping()
         gathered = self._gathered.gather(stream)
-        self.send(gathered, self._collectors.route(gathered, self._joining))
+        self.send(gathered, self._collectors.route(gathered, self._gathered.joining))
         self._catch_up.after_sending(stream)
 
     def _send_past(self, batch: Gathered, routed: list[tuple[D, Selection]]) -> None:

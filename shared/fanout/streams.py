@@ -212,6 +212,11 @@ class FollowedStreams:
         """Messages that came twice and were dropped, and datagrams that never came, since this process was started."""
         return {"bus_repeated": self._continuity.repeated, BUS_MISSED: self._missed}
 
+    def follows(self, topic: str, envelope: Envelope) -> bool:
+        """Return whether a batch is the next one of its origin, as far as that is known."""
+        position = self._continuity.positions.get((envelope.sender, envelope.boot, topic))
+        return position is None or position.reached == envelope.total
+
     def note_batch(self, topic: str, envelope: Envelope, count: int) -> int | None:
         """Note a batch; return datagrams missed before it, None when it is a repeat or no longer wanted."""
         if topic not in self._topics or not envelope.sender.startswith(self._kinds):

@@ -16,9 +16,10 @@ class _Waiting:
 
 
 class WaitingBatches:
-    """Batches that wait, by stream."""
+    """Batches that wait, by stream, all for the same: those that are `joining` get nothing of them."""
 
     def __init__(self) -> None:
+        self.joining: frozenset[str] = frozenset()
         self._waiting: dict[str, _Waiting] = {}
 
     @property
@@ -26,13 +27,14 @@ class WaitingBatches:
         """The streams of which any waits."""
         return list(self._waiting)
 
-    def has_room(self, batch: DatagramBatch) -> bool:
-        """Return whether a batch may wait together with those of its stream that do."""
+    def has_room(self, batch: DatagramBatch, joining: frozenset[str]) -> bool:
+        """Return whether a batch may wait together with those that do."""
         waiting = self._waiting.get(batch.stream)
-        return waiting is None or waiting.rows + len(batch) <= MAX_GATHERED
+        return joining == self.joining and (waiting is None or waiting.rows + len(batch) <= MAX_GATHERED)
 
-    def add(self, batch: DatagramBatch) -> bool:
+    def add(self, batch: DatagramBatch, joining: frozenset[str]) -> bool:
         """Let a batch wait; return whether its stream should wait for more."""
+        self.joining = joining
         waiting = self._waiting.setdefault(batch.stream, _Waiting())
         waiting.batches.append(batch)
         waiting.rows += len(batch)

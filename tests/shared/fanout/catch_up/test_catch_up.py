@@ -337,6 +337,54 @@ def test_what_was_owed_is_counted_when_sender_and_collector_begin_anew(
             assert not [*discrepancies(accounts)]
 
 
+@pytest.mark.parametrize("told_by", ["batch", "status"])
+def test_what_the_bus_has_lost_of_one_that_is_away_is_owed_to_it_once(sender: Sender, told_by: str) -> None:
+    """Copies wait that show it to be away as they are sent, and behind them a loss is found: the journal has that."""
+    sock, _ = open_receiver("127.0.0.1", 0)
+    siem = make_client("siem", sock.getsockname()[1], streams=(A,), generation=5, catch_up=True)
+    sender.serve(siem)
+    sock.close()
+    sender.publish(A, 1)
+    sender.turn()
+    sender.publish(A, 5)
+    total, sender.published[A] = sender.published[A], sender.published[A] + 3
+    sender.journal[A].append((total, make_batch([b"a%06d" % (total + n) for n in range(3)], stream=A)))
+    if told_by == "batch":
+        sender.publish(A, 1)
+    else:
+        account = {"published": sender.published[A]}
+        sender.take("status/", Status("ingest.1", 1, 1, 1, 0, 1, {f"stream/{A}": account}), "ingest.1")
+    sender.turn()
+    assert sender.pursued == {("siem", A)}
+    back, _ = open_receiver("127.0.0.1", siem.port)
+    with closing(back):
+        back.setblocking(False)
+        until(sender, lambda: not sender.pursued)
+        count = sender.published[A]
+        assert read_all(back) == [b"a%06d" % number for number in range(count)]
+        assert sender.account("siem")["missed"] == 0
+        assert not [*discrepancies(sender.service._accounts())]
+
+
+@pytest.mark.parametrize("waiting", ["is full", "is for others"])
+def test_a_batch_that_has_to_be_sent_apart_is_owed_to_one_that_is_found_away_by_those_before(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch, waiting: str
+) -> None:
+    """It is not among what was refused: it waits in the journal."""
+    sock, _ = open_receiver("127.0.0.1", 0)
+    siem = make_client("siem", sock.getsockname()[1], streams=(A,), generation=5, catch_up=True)
+    sender.serve(siem)
+    sock.close()
+    sender.publish(A, MAX_GATHERED - 1)
+    if waiting == "is for others":
+        monkeypatch.setattr(TemplateDelivery, "before_batch", lambda *_: frozenset({"other"}))
+    sender.publish(A, 2)
+    assert sender.pursued == {("siem", A)}
+    sender.service._send_all()
+    assert sender.service._catch_up.owed.deferred("siem") == 2
+    assert not [*discrepancies(sender.service._accounts())]
+
+
 def test_live_copies_that_wait_are_owed_when_the_past_is_refused(sender: Sender) -> None:
     """One that is found to be away by what it gets of the past is so on the streams that were live until then, too."""
     sock, _ = open_receiver("127.0.0.1", 0)
