@@ -98,8 +98,7 @@ class CopyService(CopySender[D]):
         self._templates.set_streams(self.settings.streams)
         self._catch_up = CatchUp(
             *(self._publisher, self._subscriber, self._streams, self._collectors, self._kept),
-            self._send_past,
-            self._templates,
+            *(self._send_past, self._keep_new, self._templates),
         )
         self._catch_up.use(self.settings)
         self._awaited = AwaitedRules(rules, self._publisher, self._replica)
@@ -176,8 +175,7 @@ class CopyService(CopySender[D]):
         """Go on with collectors that catch up, if that is due; live copies and templates go first."""
         late = time.monotonic() - self._catch_up.due_at
         if late >= (BUSY_SECONDS if self._more else 0.0):
-            if self._kept.stale:
-                self._keep()  # a place that is not kept would be lost with this process
+            self._keep_new()
             self._catch_up.step()
 
     @property
@@ -297,8 +295,6 @@ class CopyService(CopySender[D]):
     def _send_past(self, batch: Gathered, routed: list[tuple[D, Selection]]) -> None:
         """Send a collector datagrams out of the journal."""
         self._idle = False
-        if self._kept.stale:  # its place is behind them already, and would be lost with this process
-            self._keep()
         self.send(batch, routed)
 
     def _apply(self) -> None:
@@ -332,6 +328,11 @@ class CopyService(CopySender[D]):
     def _resume_keeping(self) -> None:
         """Keep counters again before anything is sent: of each copy sent the file tells that it was taken."""
         if self._kept.suspended:
+            self._keep()
+
+    def _keep_new(self) -> None:
+        """Keep counters that have no place in the file yet: a collector's own place would be lost with this process."""
+        if self._kept.stale:
             self._keep()
 
     def _keep(self) -> None:

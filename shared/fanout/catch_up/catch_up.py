@@ -52,7 +52,7 @@ log = get_logger()
 class CatchUp(Generic[D]):
     """Brings the collectors of one sender back to live copies.
 
-    `send` gives collectors their rows, as of live batches.
+    `send` gives collectors their rows, as of live batches; `keep` keeps counters that are new, such as places.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class CatchUp(Generic[D]):
         collectors: Collectors[D],
         kept: KeptFile,
         send: Callable[[Gathered, list[tuple[D, Selection]]], None],
+        keep: Callable[[], None],
         templates: TemplateDelivery[D],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -80,7 +81,7 @@ class CatchUp(Generic[D]):
         self.rings = Rings(clock)
         self.owed = Owed(self._pursued, self.rings, streams.positions, collectors.past)
         self._past = PastSender(
-            *(collectors, send, templates, streams.positions, self._pursued.values(), self._put_away, clock)
+            *(collectors, send, templates, streams.positions, self._pursued.values(), self._put_away, keep, clock)
         )
         self._tables: dict[tuple[str, str], Counter[str]] = {}
         self._progress = Progress(publisher, "relay" if publisher.sender.startswith("forwarder.") else "original")

@@ -39,7 +39,8 @@ class PastSender(Generic[D]):
     """Takes the steps of pursuits, several in one send: batches may be small, and each send has its cost.
 
     `paces` counts by name the datagrams of the past that were sent since a report. `pursuits` are all that there are;
-    `put_away` is told of a collector that does not get what it is sent, and takes it back on all its streams.
+    `put_away` is told of a collector that does not get what it is sent, and takes it back on all its streams. `keep`
+    keeps the places that they have reached for the next process.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class PastSender(Generic[D]):
         positions: Callable[[str], Mapping[Worker, Position]],
         pursuits: Iterable[Pursued],
         put_away: Callable[[Iterable[str]], None],
+        keep: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.paces: Counter[str] = Counter()
@@ -59,6 +61,7 @@ class PastSender(Generic[D]):
         self._positions = positions
         self._pursuits = pursuits
         self._put_away = put_away
+        self._keep = keep
         self._clock = clock
         self._allowed_at = clock()
 
@@ -191,6 +194,7 @@ class PastSender(Generic[D]):
         A process that is killed in between leaves at most these unsure.
         """
         past, places, templates = self._collectors.past, [], []
+        unread: list[tuple[int, int]] = []
         taken: list[tuple[Sharing, Numbered]] = []
         for step in steps:
             places.append(pursued.pursuit.place(step))
@@ -198,11 +202,14 @@ class PastSender(Generic[D]):
                 past.count_discovered(pursued.name, step.discovered)
             pursued.pursuit.advance(step)
             if step.missing:
-                past.count_unread(pursued.name, step.missing, step.expired)
+                unread.append((step.missing, step.expired))
             if step.batch is not None and len(step.batch):
                 templates += pursued.templates.pop_for(step.batch)
                 rows = step.numbered._replace(total=step.stop - len(step.batch), batch=step.batch)
                 taken += past.shared(pursued.name, rows)
+        self._keep()  # before what has become of them is counted: from the place before they would be counted once more
+        for missing, expired in unread:
+            past.count_unread(pursued.name, missing, expired)
         if taken:
             self._templates.send(pursued.pursuit.stream, templates, pursued.name)
             pursued.allowance -= len(templates)

@@ -19,11 +19,12 @@ from shared.bus import zmq_sockets
 from shared.bus.bodies.journal_messages import JOURNAL_TOPIC, Behind, JournalPortion, Replayed, WorkerPosition
 from shared.bus.continuity import Position
 from shared.bus.messages import Body, Datagrams, Message, RegistrySnapshot, Status, datagrams_topic
-from shared.client import Client, Place, Resume
+from shared.client import Client, Place, Resume, Withheld
 from shared.datagrams.batch import DatagramBatch
 from shared.datagrams.gathered import MAX_GATHERED, Gathered
 from shared.fanout.catch_up import catch_up, past_sender
 from shared.fanout.catch_up.journal_questions import SILENT_SECONDS, JournalQuestions, Pursued
+from shared.fanout.catch_up.past_routes import PastRoutes
 from shared.fanout.catch_up.past_sender import STEP_ROWS
 from shared.fanout.catch_up.pursuit import PursuitState
 from shared.fanout.catch_up.rings import Rings
@@ -335,6 +336,35 @@ def test_what_was_owed_is_counted_when_sender_and_collector_begin_anew(
             account = Counter(accounts["collector/siem"])
             assert (account["offered"], account["sent"], account["left_behind"]) == (10, 0, 10)
             assert not [*discrepancies(accounts)]
+
+
+@pytest.mark.parametrize("terms", [{"withheld": Withheld("", 1.0)}, {"prefixes": ("198.51.100.0/24",)}])
+def test_a_sender_that_is_killed_as_a_collector_gets_nothing_of_its_past_counts_that_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terms: dict[str, Any]
+) -> None:
+    """The place that it has reached is kept before that is counted: its successor goes on from there."""
+    monkeypatch.setattr(zmq_sockets, "LINGER_MS", 0)
+    file, left, route_past = tmp_path / "accounts.forwarder", list[bytes](), PastRoutes.route_past
+
+    def route_and_look(*what: Any) -> Any:
+        found = route_past(*what)
+        left.append(file.read_bytes())
+        return found
+
+    monkeypatch.setattr(PastRoutes, "route_past", route_and_look)
+    siem = make_client("siem", 9, streams=(A,), generation=5, resume=Resume(1), **terms)
+    with Sender(tmp_path) as sender:
+        sender.serve(siem)
+        sender.publish(A, 10)
+        until(sender, lambda: left)
+    file.write_bytes(left[0])
+    with Sender(tmp_path) as successor:
+        successor.published, successor.journal = sender.published, sender.journal
+        successor.serve(siem)
+        until(successor, lambda: not successor.pursued)
+        accounts = successor.service._accounts()
+        assert accounts["collector/siem"]["expected"] == 10
+        assert not [*discrepancies(accounts)]
 
 
 @pytest.mark.parametrize("told_by", ["batch", "status"])
