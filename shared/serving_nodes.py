@@ -224,19 +224,19 @@ class Owners:
         """
         key, lately = client.group or client.name, self._clock() - VIEW_SECONDS
         its = self._views.get(first, {})
-        named = {first, *(owner_of(key, serving) for serving, at in its.items() if at == max(its.values()))}
-        for views in self._views.values():
-            named |= {
-                owner_of(key, serving) for serving, at in views.items() if at > lately and self.own not in serving
-            }
+        views = [(serving, at) for serving, at in its.items() if at == max(its.values())]
+        for told in self._views.values():
+            views += [(serving, at) for serving, at in told.items() if at > lately and self.own not in serving]
+        named = {first: 0.0, **{owner_of(key, serving): at for serving, at in sorted(views, key=lambda view: view[1])}}
         left_at = self._left_at.get((client.name, client.generation), self._clock())
         found = []
         for name in self.nodes:
             since = left_at - VIEW_SECONDS if name == first else lately
             its = self._views.get(name, {})
-            last = max(its.values(), default=inf) if name in named else inf  # of these that counts, however old it is
+            heard_at = max(its.values(), default=-inf)
+            last = heard_at if name in named else inf  # of these that counts, unless others have named it long after
             owners = {owner_of(key, serving) for serving, at in its.items() if at > since or at == last}
-            if name != self.own and (name in owners or (name in named and not its)):
+            if name != self.own and (name in owners or named.get(name, -inf) > heard_at + VIEW_SECONDS):
                 found.append(self._told.get(name, Node(name, "silent")))
         return found
 

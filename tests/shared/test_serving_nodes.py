@@ -324,6 +324,28 @@ def test_a_collector_goes_on_where_the_node_was_that_others_know_to_have_served_
             assert (resume.generation, resume.places) == (client.generation, ())
 
 
+def test_a_collector_goes_on_where_it_was_left_if_the_node_that_is_heard_has_left_it_to_one_that_is_not() -> None:
+    """`b` served all, and leaves some to `c`, which is not heard: it has told where it was before it had them.
+
+    What this node has served itself goes on where it has left off.
+    """
+    found, clock = owners()
+    c = node_with("c", 100, "a", "b", "c")
+    found.note(heard_by_a("live", node_with("b", 100, "a", "b", "c"), c))
+    found.split(clients(), "relay")
+    for seconds, own, total, serving in (9, "joining", 900, "b"), (9, "joining", 901, "bc"), (1, "live", 902, "ab"):
+        clock.now += seconds
+        silent = msgspec.structs.replace(c, state="silent", age_ms=int(1000 * (clock.now - 100)))
+        found.note(heard_by_a(own, node_with("b", total, *serving), silent))  # type: ignore[arg-type]
+        after = found.split(clients(), "relay")[0]
+    assert after.keys() == {name for name in clients() if owner_of(name, "ab") == "a"}
+    for name, client in after.items():
+        assert client.resume is not None
+        of_c = [] if owner_of(name, "abc") == "a" else [100]
+        totals = [place.total for place in client.resume.places]
+        assert totals == (of_c if owner_of(name, "bc") == "c" else [901])
+
+
 def test_a_collector_that_two_nodes_have_served_goes_on_where_either_was() -> None:
     """Two nodes that did not hear each other have both served a collector, each what it got: none of it is missed.
 
