@@ -314,10 +314,9 @@ class Collectors(Generic[D]):
     def __contains__(self, name: str) -> bool:
         return name in self._served
 
-    @property
-    def sends_live(self) -> bool:
-        """Return whether any collector gets live copies, at least of a stream on which it does not catch up."""
-        return any(len(self._router.clients(each)) > len(self.past.behind(each)) for each in self.streams_wanted())
+    def serves_others(self, names: Collection[str]) -> bool:
+        """Return whether collectors are served beside these, which all are."""
+        return len(self._served) > len(names)
 
     def __getitem__(self, name: str) -> Served[D]:
         """Return a collector that is served."""

@@ -338,7 +338,7 @@ class CatchUp(Generic[D]):
                 break
         pause = min(BURST_SECONDS / 2, (STEP_ROWS / 2 - most) / share) if most >= 0 else IDLE_SECONDS
         self.due_at, rested_at = now + max(0.001, pause), 2 * self._clock() - now
-        if rested_at > self.due_at and self._collectors.sends_live:
+        if rested_at > self.due_at and self._collectors.serves_others({name for name, _ in self._pursued}):
             self.due_at = rested_at
 
     def _settle(self, pursued: Pursued, followed: Mapping[Worker, Position], *, vain: bool) -> None:
