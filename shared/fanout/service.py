@@ -130,6 +130,7 @@ class CopyService(CopySender[D]):
     def _subscribe(self) -> None:
         """Follow the streams that collectors want, also those of other nodes, which may be ours in a moment."""
         wanted = self._collectors.streams_wanted()
+        self._catch_up.keep_to(wanted)  # while it is known how much waits of the others
         self._streams.subscribe_to(wanted)
         self._catch_up.rings.keep(wanted if self.settings.uplink.nodes else ())
 
@@ -181,9 +182,8 @@ class CopyService(CopySender[D]):
     @property
     def _must_keep_up(self) -> bool:
         """Return whether anything beside messages is due, or may be by what they have brought."""
-        if self.held or self._kept.stale or self._taken >= UNMEASURED:
-            return True
-        return time.monotonic() >= self._upkeep_at
+        must = self.held or self._kept.stale or self._taken >= UNMEASURED
+        return bool(must) or time.monotonic() >= self._upkeep_at
 
     def _keep_up(self) -> None:
         """Do what is due beside sending copies, and set the time at which something will be."""

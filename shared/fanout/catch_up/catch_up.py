@@ -124,20 +124,24 @@ class CatchUp(Generic[D]):
         return {ALIVE: self._alive, **past}
 
     def note_leaving(self, clients: Mapping[str, Client]) -> None:
-        """End the pursuits of collectors that leave, and note their places: `clients` have them no more, or as others.
+        """Note the places of collectors that leave, and end their pursuits: `clients` have them no more, or as others.
 
         One that stays may leave a stream.
         """
-        streams = [stream for stream, _ in self.rings.items()]
         for client in (*self._collectors.clients, *self._before):
             new = clients.get(client.name)
-            goes_on = new if new and new.generation == client.generation else None
-            if goes_on is None:
+            if new is None or new.generation != client.generation:
                 self._leave(client)
-            for stream in streams:
-                if goes_on is None or not goes_on.wants(stream):
-                    self._end(client.name, stream)
         self._before = ()
+        for (name, stream), pursued in list(self._pursued.items()):
+            new = clients.get(name)
+            if new is None or new.generation != pursued.generation or not new.wants(stream):
+                self._end(name, stream)
+
+    def keep_to(self, streams: Collection[str]) -> None:
+        """End the pursuits on all streams but these: nothing will be known of the others."""
+        for name, stream in [key for key in self._pursued if key[1] not in streams]:
+            self._end(name, stream)
 
     def _leave(self, client: Client) -> None:
         streams = self._journaled_of(client)
@@ -169,12 +173,8 @@ class CatchUp(Generic[D]):
 
     def follow(self, clients: Mapping[str, Client], *, first: bool) -> None:
         """Begin the pursuits that these collectors need; with `first` they are the first of this process."""
-        for name, stream in list(self._pursued):
-            served = clients.get(name)
-            if served is None or not served.wants(stream):
-                self._end(name, stream)
-            elif first:  # the last process has left it
-                self._collectors.past.set_behind(name, stream)
+        for name, stream in self._pursued if first else ():  # the last process has left them
+            self._collectors.past.set_behind(name, stream)
         for client in clients.values():
             returning = first and self._collectors[client.name].returning
             for stream in self._streams_to_begin(client) if not returning else self._journaled_of(client):
@@ -247,12 +247,11 @@ class CatchUp(Generic[D]):
         return pursued
 
     def _end(self, name: str, stream: str) -> None:
-        """End a pursuit, if there is one; what was still to come by it is left behind."""
-        if (pursued := self._pursued.pop((name, stream), None)) is None:
-            return
-        self._collectors.count_left_behind(name, pursued.pursuit.deferred(self._streams.positions(stream)))
+        """End a pursuit; what was still to come by it is left behind."""
+        self._kept.suspend()  # until it is kept without this table: what comes is sent live
+        pursuit = self._pursued.pop((name, stream)).pursuit
         del self._tables[name, stream]
-        self._kept.suspend()  # until that is kept without this table: what comes is sent live
+        self._collectors.count_left_behind(name, pursuit.deferred(self._streams.positions(stream)))
         self._collectors.past.end_behind(name, stream)
         if not any(of == stream for _, of in self._pursued):
             self.rings.close(stream)

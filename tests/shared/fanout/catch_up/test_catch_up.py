@@ -317,6 +317,24 @@ def test_what_was_owed_of_a_stream_is_counted_when_that_or_its_journal_is_remove
         assert not [*discrepancies(accounts)]
 
 
+def test_what_was_owed_of_a_stream_that_is_removed_is_counted_for_one_that_wants_all(sender: Sender) -> None:
+    """The entry of one with `*` stays as it is: what waited of a stream that there is no more is left behind."""
+    sock, _ = open_receiver("127.0.0.1", 0)
+    with closing(sock):
+        siem = make_client("siem", sock.getsockname()[1], generation=5, resume=Resume(1))
+        sender.serve(siem)
+        for stream in (A, B):
+            sender.publish(stream, 10)
+        sender.turn()
+        assert sender.service._catch_up.owed.deferred("siem") == 20
+        sender.service.apply_settings(Settings(streams=STREAMS[:1]))
+        until(sender, lambda: not sender.pursued)
+        accounts = sender.service._accounts()
+        account = Counter(accounts["collector/siem"])
+        assert (account["sent"], account["left_behind"]) == (10, 10)
+        assert not [*discrepancies(accounts)]
+
+
 def test_what_was_owed_is_counted_when_sender_and_collector_begin_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
