@@ -66,10 +66,10 @@ NLMSG_ERROR: Final = 2
 NLMSG_DONE: Final = 3
 ARPHRD_ETHER: Final = 1
 MACVLANS: Final = frozenset({"macvlan", "macvtap"})
-"""Kinds of links that have frames to a MAC address of their own, which the link below is not for; with mode `passthru`
-they have its address, and all its frames (linux/drivers/net/macvlan.c, macvlan_handle_frame)."""
+"""Kinds of links that have a MAC address of their own, and get the frames to that. With mode `passthru` they have the
+address of the link below, and get all its frames (linux/drivers/net/macvlan.c, macvlan_handle_frame)."""
 IPVLANS: Final = frozenset({"ipvlan", "ipvtap"})
-"""Kinds of links that have those of the frames of the link below that are for their IP addresses
+"""Kinds of links that have the MAC address of the link below, and get the frames to IP addresses of their own
 (linux/drivers/net/ipvlan/ipvlan_core.c, ipvlan_handle_frame)."""
 IFF_UP: Final = 1
 IFF_RUNNING: Final = 0x40
@@ -345,7 +345,7 @@ def stacked(links: Collection[Link], names: Collection[str]) -> dict[str, str]:
         for upper in (wanted[each] for each in above[1:] if each in wanted):
             left_out, kept = (upper, link) if upper.partial else (link, upper)
             found[left_out.name] = kept.name
-    return found
+    return {name: found.get(other, other) for name, other in found.items()}
 
 
 def _own_address(message: Any) -> str:

@@ -1,3 +1,5 @@
+import pytest
+
 from services.operator.doctor.kernel_copies import check_interfaces, check_kernel_copies
 from shared.bus.bodies.offload_messages import CollectorPath
 from shared.ledger.accounts import Accounts
@@ -69,7 +71,8 @@ def test_interfaces_that_stand_upon_one_another_are_told() -> None:
     ]
 
 
-def test_a_link_has_all_that_arrives_by_its_ipvlan() -> None:
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_link_has_all_that_arrives_by_its_ipvlan(order: int) -> None:
     """An ipvlan has of its link what is for its own addresses, so the link counts, and the bridge that has that."""
     links = [
         Link(1, "eth0", True, bytes(6), 1500, True, master=3),
@@ -81,7 +84,7 @@ def test_a_link_has_all_that_arrives_by_its_ipvlan() -> None:
         (("eth0", "ipvlan0"), {"ipvlan0": "eth0"}),
         (("eth0", "br0", "ipvlan0"), {"eth0": "br0", "ipvlan0": "br0"}),
     ):
-        found = check_interfaces(Settings(offload=Offload(interfaces=named)), links)
+        found = check_interfaces(Settings(offload=Offload(interfaces=named)), links[::order])
         assert {each.subject: each.why for each in found} == {
             name: f"what arrives by {name} arrives by {other}, too: the kernel copies it by {other} alone"
             for name, other in wanted.items()
