@@ -114,7 +114,7 @@ class Service:
         parts = self._batches, journal, self._kept, self._memory, self._troubles
         self._sending = Sending(self._uplink, *parts, self._offered, self._feeds.note_own)
         self._missing = self._kept.new_counts(left.tables.get(MISSING, {}))
-        """By node: the times at which this one has served without it."""
+        """By node: the last time, in ns since 1970, at which this one served without it."""
         self._node: Node | None = None
         if self._uplink.nodes:
             own = self._uplink, self._publisher, self._subscriber, self._account, self._pending

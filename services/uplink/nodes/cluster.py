@@ -59,7 +59,7 @@ class Cluster:
         self._serving: tuple[str, ...] | None = None
         self._settled_at = -SETTLE_SECONDS
         self._missed_before: int | None = None
-        """The times that others had told that they miss this node, when it lost the majority; None: it has it."""
+        """The sum of what others had told of missing this node, when it lost the majority; None: it has it."""
         self._sender = sender
         self._boot = boot
         self._clock = clock
@@ -91,7 +91,7 @@ class Cluster:
         self._missed_by: dict[str, int] = {}
         """By node: the same time of this node, as it told last."""
         self._missed: Counter[str] = Counter()
-        """By node: grows whenever it tells of a later one."""
+        """By node: grows whenever it tells of another one: later, or earlier where its clock was set back."""
         self._namesake_at = -inf
         """The last time at which another uplink was heard under this node's name."""
 
@@ -230,8 +230,9 @@ class Cluster:
         elif before or (beat.state == "joining" and self.members.state == "live"):
             self._before[beat.node] = self._places_before(beat, before)
         self._heard_ns[beat.node] = self._time_ns()
-        told = beat.missed.get(self.members.own, 0)  # of no interest if that was before this one began
-        self._missed[beat.node] += told > self._missed_by.get(beat.node, self._began_ns)
+        told, known = beat.missed.get(self.members.own, 0), self._missed_by.get(beat.node)
+        # What was before this one began is of no interest. Later on both times are by the same clock.
+        self._missed[beat.node] += told > self._began_ns if known is None else told not in (0, known)
         self._missed_by[beat.node] = told
         return self.members.live != live
 
@@ -279,7 +280,7 @@ class Cluster:
             if name not in serving and self.members.state_of(name) != "left":
                 self._missing_until[name] = now + TOLD_NS / 1e9
             if now < self._missing_until.get(name, 0.0):
-                self._missing[name] = max(self._missing[name] + 1, self._time_ns())  # clocks may be set back
+                self._missing[name] = self._time_ns()
 
     def _node(self, name: str, pending: int) -> Node:
         state, since = self.members.state_of(name), self.members.seconds_since(name)

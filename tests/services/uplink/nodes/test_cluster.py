@@ -10,6 +10,7 @@ from tests.builders import make_envelope
 
 BOOT = 5
 INGEST = Key("b", "ingest.1", 7, "flows")
+HOUR_NS = 3600 * 10**9
 
 
 class Nodes:
@@ -192,6 +193,33 @@ def test_what_a_node_has_missed_before_another_one_began_is_of_no_interest_to_th
     nodes.cluster.members.state = "live"
     nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 1, 1, "joining", 1, {}, {"a": 3})))
     assert nodes.cluster.nodes("live", {}).nodes[1].missed == 0
+
+
+def test_a_node_tells_by_its_present_clock_when_it_served_without_another_one() -> None:
+    """Its clock was ahead, and is set back: what it told by the wrong time does not stay."""
+    nodes, told = Nodes(), []
+    nodes.cluster.members.state = "live"
+    nodes.cluster.members.note_vote()
+    times = [2 * HOUR_NS, 2 * HOUR_NS + 1, HOUR_NS, HOUR_NS + 1]
+    for nodes.now_ns in times:
+        nodes.cluster.nodes("live", {})
+        told.append(nodes.cluster.beat().missed["b"])
+    assert told == times
+
+
+@pytest.mark.parametrize("ahead_ns", [-HOUR_NS, HOUR_NS])
+def test_a_node_whose_clock_is_another_one_is_taken_wrongly_at_its_first_beat_alone(ahead_ns: int) -> None:
+    """Two clocks tell whether it has served without this one since that began. Then each other time is news.
+
+    That may be an earlier one, as its clock was set back. If it tells of none, it has lost what it knew.
+    """
+    nodes, missed = Nodes(began_ns=2 * HOUR_NS), []
+    first, later, earlier = (2 * HOUR_NS + ahead_ns + ns for ns in (0, 1, -1))
+    for number, told in enumerate((first, first, later, later, earlier, earlier, 0, 0)):
+        nodes.cluster.take(beat_subject("b"), unparse_beat(Beat("b", 1, number, "live", 1, {}, {"a": told})))
+        missed.append(nodes.cluster.nodes("live", {}).nodes[1].missed)
+    before = int(ahead_ns > 0)
+    assert [each - before for each in missed] == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
 def test_a_node_lacks_all_of_a_worker_here_of_which_it_tells_nothing() -> None:
