@@ -147,12 +147,12 @@ class Crossings:
                 if (had := reached.get(origin, 0)) < older:
                     yield origin, had, older
 
-    def _with_earlier(self, reached: Mapping[Key, int]) -> dict[Key, int]:
-        """Return these counts, with all of each start of which they tell nothing, but of the next one of its worker.
+    def _with_earlier(self, reached: Mapping[Key, int]) -> Mapping[Key, int]:
+        """Return these counts, and all of an earlier start of a worker where they have its next one alone.
 
-        A node has had it that was restarted since: starts of a worker come one after the other.
+        Starts of a worker come one after the other: the node that tells has had the earlier one, and was restarted.
         """
         ended = {
             each: self._ends[each] for *earlier, last in self._older.values() if last in reached for each in earlier
         }
-        return {**ended, **reached}
+        return {**ended, **reached} if ended else reached

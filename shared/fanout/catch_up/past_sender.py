@@ -194,22 +194,20 @@ class PastSender(Generic[D]):
         A process that is killed in between leaves at most these unsure.
         """
         past, places, templates = self._collectors.past, [], []
-        unread: list[tuple[int, int]] = []
+        missing = expired = 0
         taken: list[tuple[Sharing, Numbered]] = []
         for step in steps:
             places.append(pursued.pursuit.place(step))
             if step.discovered:
                 past.count_discovered(pursued.name, step.discovered)
             pursued.pursuit.advance(step)
-            if step.missing:
-                unread.append((step.missing, step.expired))
+            missing, expired = missing + step.missing, expired + step.expired
             if step.batch is not None and len(step.batch):
                 templates += pursued.templates.pop_for(step.batch)
                 rows = step.numbered._replace(total=step.stop - len(step.batch), batch=step.batch)
                 taken += past.shared(pursued.name, rows)
         self._keep()  # before what has become of them is counted: from the place before they would be counted once more
-        for missing, expired in unread:
-            past.count_unread(pursued.name, missing, expired)
+        past.count_unread(pursued.name, missing, expired)
         if taken:
             self._templates.send(pursued.pursuit.stream, templates, pursued.name)
             pursued.allowance -= len(templates)
