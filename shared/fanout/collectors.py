@@ -246,9 +246,9 @@ class Collectors(Generic[D]):
                 self._count_unseen(client, stream, missed)
 
     def count_left_behind(self, name: str, count: int) -> None:
-        """Count datagrams that waited in the journal for a collector, and do so no more.
+        """Count datagrams that waited in the journal for a collector, and that it does not get.
 
-        Until the first registry has come it is one that the last process has served.
+        Until the first registry is applied, the account is that of the last process.
         """
         served, (_, before) = self._served.get(name), self._known.get(name, (None, Counter[str]()))
         if count:

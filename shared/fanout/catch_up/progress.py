@@ -142,10 +142,11 @@ def possible_places(
 def with_beginnings(
     stream: str, places: Iterable[Place], followed: Mapping[Worker, Position], let_go: Mapping[Worker, int]
 ) -> tuple[list[Place], int]:
-    """Return places in a stream, with those where ingest workers began to come here that have none; and what is lacked.
+    """Return the places of a collector in a stream, and how many datagrams it lacks.
 
-    The uplink brings streams of other sites: nobody knows how much of what JetStream keeps is owed. What was received
-    since there is a ring is, and is lacked if the ring has `let_go` of it.
+    An ingest worker without a place gets one: where it began to come here. The uplink gets none: it brings streams of
+    other sites, and nobody knows how much of what JetStream keeps is owed. All that was received since there is a ring
+    is owed, so what the ring has `let_go` of that is lacked.
     """
     own = [place for place in places if place.stream == stream]
     known = {(place.worker, place.boot) for place in own}

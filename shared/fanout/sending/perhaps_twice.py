@@ -26,7 +26,7 @@ class PerhapsTwice:
         self.until_ns = 0
         """Of what was received before, in ns since 1970, another node may have sent copies: if it comes, it is late."""
         self.left = 0
-        """Such copies to collectors that it has left by the time at which it hears of it; in no other account."""
+        """Such copies to collectors that this node had left when it heard of it; they are in no other account."""
         self._clock = clock
         self._time_ns = time_ns
         self._accounts: dict[str, Counter[str]] = {}
