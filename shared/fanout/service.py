@@ -176,7 +176,6 @@ class CopyService(CopySender[D]):
         """Go on with collectors that catch up, if that is due; live copies and templates go first."""
         late = time.monotonic() - self._catch_up.due_at
         if late >= (BUSY_SECONDS if self._more else 0.0):
-            self._keep_new()
             self._catch_up.step()
 
     @property
