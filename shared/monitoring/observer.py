@@ -75,7 +75,7 @@ FORGET_SECONDS: Final = 120.0
 """Time for which a silent service is shown. One that would have told its end is shown until it reports again."""
 SENDERS: Final[Mapping[Source, str]] = {"relay": "forwarder.", "original": "transmitter."}
 """Beginnings of the names of those that serve collectors, by the `source` of these."""
-TELL_THEIR_END: Final = ("ingest.", "forwarder.", "transmitter.")
+TELL_THEIR_END: Final = ("ingest.", "forwarder.", "transmitter.", "uplink.")
 """Beginnings of the names of those that say in their last report that it is the last."""
 ROUND_SECONDS: Final = 4.0
 """Time of a comparison of all accounts: each service reports several times in it."""

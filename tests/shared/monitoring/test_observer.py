@@ -210,15 +210,16 @@ def test_a_service_that_goes_silent_and_comes_back() -> None:
     assert [each.name for each in told.picture(FORGET_SECONDS - 1).services] == ["forwarder.1", "ingest.1"]
 
 
-def test_a_worker_or_sender_that_was_killed_is_missed_until_it_is_back() -> None:
-    """One of several workers is not forgotten, however long it is away, unless it has said that it ends."""
+@pytest.mark.parametrize("name", ["ingest.2", "uplink.1"])
+def test_a_service_that_was_killed_is_missed_until_it_is_back(name: str) -> None:
+    """One of several workers, or an uplink, is not forgotten, however long it is away, unless it has told its end."""
     told = Told()
     for ended in (False, True, False):
-        told.status("ingest.2", {}, ended=ended)
+        told.status(name, {}, ended=ended)
         told.now += 2 * FORGET_SECONDS
         told.everyone()
-        assert [each.name for each in told.picture().services if each.silent] == ["ingest.2"] * (not ended)
-        assert ("not heard on the bus: ingest.2" in told.picture().verdict.reasons) == (not ended)
+        assert [each.name for each in told.picture().services if each.silent] == [name] * (not ended)
+        assert (f"not heard on the bus: {name}" in told.picture().verdict.reasons) == (not ended)
 
 
 def test_a_service_that_settings_ask_for_is_missed_for_as_long_as_it_is_away() -> None:
