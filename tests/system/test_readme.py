@@ -29,7 +29,9 @@ TOUR: Final = (
     block("README.md", "tour-end"),
 )
 
-SHOWN: Final = "'watching' :252A 'the disk is full' 'collecting .*archive' 'second' 'collecting .*flows' 'third'"
+SHOWN: Final = (
+    "'watching' :252A 'the disk is full' 'collecting .*archive' 'from .*second' 'collecting .*flows' 'from .*third'"
+)
 """The reader's view at the end of each `sleep` of the tour: printed, in siem.log, or nc's port in /proc/net/udp."""
 SLEEP: Final = """
 exec 3>&1 >>said 2>&1

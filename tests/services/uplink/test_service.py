@@ -282,7 +282,7 @@ def test_without_servers_nothing_is_there(stack: Stack) -> None:
 
 
 def test_its_last_report_says_so(stack: Stack) -> None:
-    """An uplink that is told to end says that this report is its last: a sender that ends later does not wait for it."""
+    """Told to end, an uplink says that this report is its last: a sender that ends later does not wait for it."""
     stack.configure(f'[uplink]\nservers = ["nats://127.0.0.1:{free_port()}"]\nsite = "a"\n')
     stack.start("broker")
     with BusEnds(stack.bus) as bus:

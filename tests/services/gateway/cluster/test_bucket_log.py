@@ -136,13 +136,13 @@ def test_a_record_may_end_by_itself(server: NatsServer) -> None:
 
     async def work(log: BucketLog) -> None:
         await log.open(1, create=True)
-        await log.write([Write("session.x", b"1", 1)], 0, "session.x")
-        await asyncio.sleep(0.6)
-        await log.write([Write("session.x", b"2", 1)], 1, "session.x")
-        await asyncio.sleep(0.6)
-        assert [data for _, _, data in await follow(log)] == [b"2"]
-        while await follow(log):
+        await log.write([Write("session.x", b"1", 2)], 0, "session.x")
+        await log.write([Write("session.x", b"2", 60)], 1, "session.x")
+        await log.write([Write("session.y", b"3", 1)], 0, "session.y")
+        while len(await follow(log)) > 1:
             await asyncio.sleep(0.1)
+        await asyncio.sleep(1.5)
+        assert [data for _, _, data in await follow(log)] == [b"2"]
 
     with_log(server, work, "ending")
 

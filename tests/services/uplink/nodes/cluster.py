@@ -142,9 +142,12 @@ class Cluster:
         for name in live:
             wait_until(partial(self._knows, name, sorted(live)), partial(self._log, name))
 
+    def heard_by(self, name: str) -> list[list[str]]:
+        """Return the nodes that live, as a node knew one time after the other."""
+        return [each["live"] for each in self.nodes[name].uplink.events("nodes of the cluster")]
+
     def _knows(self, name: str, live: list[str]) -> bool:
-        told = self.nodes[name].uplink.events("nodes of the cluster")
-        return bool(told) and told[-1]["live"] == live
+        return self.heard_by(name)[-1:] == [live]
 
     def _log(self, name: str) -> str:
         return f"{name} knows who lives: {self.nodes[name].uplink.text[-2000:]}"

@@ -101,6 +101,7 @@ def test_a_node_that_leaves_hands_over(cluster: Cluster) -> None:
     again, took_over = doubles(cluster), perhaps_twice(cluster, "bc")
     before |= {payload for exporter in exporters.values() for payload in exporter.sent}
     before_twice = doubles(cluster, before)
+    heard = {name: len(cluster.heard_by(name)) for name in "bc"}
     cluster.nodes["a"].begin()
     cluster.nodes["a"].uplink.wait_for("this node serves collectors from now on")
     cluster.wait_live("a", "b", "c")
@@ -113,7 +114,10 @@ def test_a_node_that_leaves_hands_over(cluster: Cluster) -> None:
         assert again[name] <= took_over[name]
         assert again[name] <= 2 * PER_SECOND * len(cluster.ports)
         assert doubles(cluster)[name] <= told[name]
-    assert doubles(cluster, before) == before_twice, "what was sent before it began does not come again"
+    again = {name: count - before_twice[name] for name, count in doubles(cluster, before).items()}
+    steady = all(cluster.heard_by(name)[count:] == [["a", "b", "c"]] for name, count in heard.items())
+    most = 0 if steady else 2 * PER_SECOND * len(cluster.ports)
+    assert max(again.values()) <= most, "what was sent before it began does not come again"
 
 
 def test_a_node_that_dies_is_replaced(cluster: Cluster) -> None:
