@@ -193,6 +193,15 @@ def take_mark(subscriber: Subscriber, stream: str = "messages") -> None:
     assert not len(message.batch)
 
 
+def take_last_report(subscriber: Subscriber) -> None:
+    """Take the reports of a service until one says that it is the last."""
+    ended = False
+    while not ended:
+        body = take(subscriber).body
+        assert isinstance(body, Status)
+        ended = body.ended
+
+
 ASK_SECONDS: Final = 0.1
 
 

@@ -181,8 +181,9 @@ class CopyService(CopySender[D]):
     @property
     def _must_keep_up(self) -> bool:
         """Return whether anything beside messages is due, or may be by what they have brought."""
-        must = self.held or self._kept.stale or self._taken >= UNMEASURED
-        return bool(must) or time.monotonic() >= self._upkeep_at
+        if self.held or self._kept.stale or self._taken >= UNMEASURED:
+            return True
+        return time.monotonic() >= self._upkeep_at
 
     def _keep_up(self) -> None:
         """Do what is due beside sending copies, and set the time at which something will be."""

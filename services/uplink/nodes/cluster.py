@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from math import inf
 from typing import Final
 
@@ -116,7 +116,7 @@ class Cluster:
         accounts = [account for piece in pieces for account in piece.accounts.items()]
         origins = {parse_origin(name): account for name, account in accounts if is_origin(name)}
         reached = [each for origin, account in origins.items() for each in self._reached_by(*origin, account[REACHED])]
-        before = {each.key: each.total for each in self._reached.get(source, ())}
+        before = _totals(self._reached.get(source, ()))
         for each in reached:
             if each.site == self.members.own and each.total > before.get(each.key, each.total):
                 self._growing.pop(each.key, None)  # to the end: those that have sent nothing for longest go first
@@ -231,7 +231,7 @@ class Cluster:
             self._before[beat.node] = self._places_before(beat, before)
         self._heard_ns[beat.node] = self._time_ns()
         told, known = beat.missed.get(self.members.own, 0), self._missed_by.get(beat.node)
-        # What was before this one began is of no interest. Later on both times are by the same clock.
+        # A first time from before this one began is of no interest. Later ones are compared by the clock of that node.
         self._missed[beat.node] += told > self._began_ns if known is None else told not in (0, known)
         self._missed_by[beat.node] = told
         return self.members.live != live
@@ -241,10 +241,10 @@ class Cluster:
 
         One that serves already, as it was parted, is where its last start was by the beat `before`.
         """
-        here = _totals(self._reached)
+        here = _totals(*self._reached.values())
         if beat.node not in beat.serving:
             return here
-        last = {**self._before.get(beat.node, {}), **(_totals(before.reached) if before else {})}
+        last = {**self._before.get(beat.node, {}), **(_totals(*before.reached.values()) if before else {})}
         return {key: last[key] for key in here if key in last}
 
     def beat(self, state: BeatState | None = None) -> Beat:
@@ -297,7 +297,7 @@ class Cluster:
 
     def _places(self, node: str, reached: list[Reached], begun: Mapping[Key, int]) -> Iterator[Place]:
         """Yield where another node's sender is in what the workers of this bus have published."""
-        totals = {**begun, **self._before.get(node, {}), **{each.key: each.total for each in reached}}
+        totals = {**begun, **self._before.get(node, {}), **_totals(reached)}
         for key, total in totals.items():
             if key.site == self.members.own:
                 yield Place(key.stream, key.worker, key.boot, 0, total)
@@ -306,5 +306,5 @@ class Cluster:
             yield Place(stream, self._sender, self._boot, 0, here, lacked=lacked)
 
 
-def _totals(reached: Mapping[Source, list[Reached]]) -> dict[Key, int]:
-    return {each.key: each.total for some in reached.values() for each in some}
+def _totals(*reached: Iterable[Reached]) -> dict[Key, int]:
+    return {each.key: each.total for each in itertools.chain(*reached)}

@@ -136,12 +136,11 @@ class Crossings:
         """Return how many datagrams beyond these counts of the origins came here too long ago to be had."""
         return sum(
             max(0, (self._marks[origin][0][0] if self._journaled else older) - had)
-            for origin, had, older in self._older_lacked(reached)
+            for origin, had, older in self._older_lacked(self._with_earlier(reached))
         )
 
     def _older_lacked(self, reached: Mapping[Key, int]) -> Iterator[tuple[Key, int, int]]:
         """Yield each origin of which more was here than these counts before it is known singly, with both counts."""
-        reached = self._with_earlier(reached)
         for starts in self._older.values():
             for origin, older in starts.items():
                 if (had := reached.get(origin, 0)) < older:

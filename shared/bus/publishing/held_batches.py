@@ -84,13 +84,12 @@ class HeldBatches:
     def note_journaled(self, streams: Iterable[str]) -> None:
         """Note the streams that a journal keeps."""
         self._journaled = frozenset(streams)
+        for held in self._held.values():
+            held.streams = self._journaled if held.standing else held.streams
         self._note_held()
 
     def _note_held(self) -> None:
         """Sum up for what is asked with each batch."""
-        for held in self._held.values():
-            if held.standing:
-                held.streams = self._journaled
         self._streams = frozenset[str]().union(*(held.streams for held in self._held.values()))
         self.whole = any(not held.standing for held in self._held.values())
 
@@ -100,7 +99,8 @@ class HeldBatches:
         for prefix in prefixes:
             if name := _name_behind(HOLD_PREFIX, prefix):
                 held = self._of(name)
-                held.standing, held.streams = name.startswith(JOURNAL), frozenset(streams)
+                held.standing = name.startswith(JOURNAL)
+                held.streams = self._journaled if held.standing else frozenset(streams)
                 held.handed_on = 0  # to another one, which was killed
             elif name := _name_behind(asking, prefix):
                 self._of(name).asked_for = True

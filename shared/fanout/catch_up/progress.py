@@ -152,8 +152,8 @@ def with_beginnings(
     known = {(place.worker, place.boot) for place in own}
     begun = {worker: each.baseline for worker, each in followed.items() if worker[0].startswith("ingest.")}
     own += [Place(stream, *worker, 0, total) for worker, total in begun.items() if worker not in known]
-    lost = {worker: count for worker, count in let_go.items() if worker[0].startswith("uplink.")}
-    return own, sum(count for worker, count in lost.items() if worker not in known)
+    lacked = [count for worker, count in let_go.items() if worker not in known and worker[0].startswith("uplink.")]
+    return own, sum(lacked)
 
 
 class LeftOff:

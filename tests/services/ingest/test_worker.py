@@ -22,7 +22,7 @@ from services.ingest.tcp_connections import SPARE_DESCRIPTORS
 from services.operator.doctor.listening_facts import listening_facts
 from shared.bus.continuity import Continuity
 from shared.bus.loans.lender import CHUNK, GRACE_SECONDS, Room
-from shared.bus.messages import Datagrams, Status, status_topic
+from shared.bus.messages import Datagrams, status_topic
 from shared.bus.zmq_sockets import Subscriber
 from shared.datagrams.limits import MAX_DATAGRAM
 from shared.ledger.accounts import Accounts
@@ -30,7 +30,17 @@ from shared.ledger.equations import discrepancies
 from shared.net.addresses import LOCAL_SENDER, unpack_address
 from shared.net.sockets import checksum_errors, receive_buffer
 from shared.settings.file import load
-from tests.builders import BusEnds, Datagram, accounts_when, freeze, kill_all, take, take_datagrams, take_mark
+from tests.builders import (
+    BusEnds,
+    Datagram,
+    accounts_when,
+    freeze,
+    kill_all,
+    take,
+    take_datagrams,
+    take_last_report,
+    take_mark,
+)
 from tests.capabilities import held_by_a_program
 from tests.forging import forging
 from tests.services.ingest.flows.exported import netflow_v9
@@ -791,12 +801,9 @@ def test_queue_of_the_kernel_is_drained(stack: Stack, bus: BusEnds) -> None:
 def test_its_last_report_says_so(stack: Stack, bus: BusEnds) -> None:
     """A worker that is told to end says that this report is its last; whoever misses killed ones misses it not."""
     subscriber = bus.subscriber(status_topic("ingest.1"))
-    worker, said = stack.start("ingest"), list[bool]()
+    worker = stack.start("ingest")
     worker.process.send_signal(signal.SIGTERM)
-    while not (said and said[-1]):
-        body = take(subscriber).body
-        assert isinstance(body, Status)
-        said.append(body.ended)
+    take_last_report(subscriber)
     assert worker.process.wait(60) == 0
     assert subscriber.receive() is None
 

@@ -14,14 +14,14 @@ from nats.aio.msg import Msg
 
 from services.uplink import __main__ as program
 from services.uplink.outgoing.outbox import LARGEST_MESSAGE
-from shared.bus.messages import Status, status_topic
+from shared.bus.messages import status_topic
 from shared.ledger.accounts import Accounts
 from shared.ledger.equations import discrepancies
 from shared.nats import installed
 from shared.process.lifecycle import CANT_CREATE, OperatorError
 from shared.settings.model import Settings
 from shared.settings.uplink import Uplink
-from tests.builders import BusEnds, accounts_when, take, take_datagrams
+from tests.builders import BusEnds, accounts_when, take_datagrams, take_last_report
 from tests.services.ingest.flows.exported import netflow_v9
 from tests.services.uplink.nats import NatsServer, free_port, handled
 from tests.services.uplink.sites import Site, assert_balanced, away, exporter, flows, home, receive
@@ -287,12 +287,9 @@ def test_its_last_report_says_so(stack: Stack) -> None:
     stack.start("broker")
     with BusEnds(stack.bus) as bus:
         subscriber = bus.subscriber(status_topic("uplink.1"))
-        uplink, said = stack.start("uplink"), list[bool]()
+        uplink = stack.start("uplink")
         uplink.process.send_signal(signal.SIGTERM)
-        while not (said and said[-1]):
-            body = take(subscriber).body
-            assert isinstance(body, Status)
-            said.append(body.ended)
+        take_last_report(subscriber)
         assert uplink.process.wait(60) == 0
 
 

@@ -143,6 +143,9 @@ def test_a_record_may_end_by_itself(server: NatsServer) -> None:
             await asyncio.sleep(0.1)
         await asyncio.sleep(1.5)
         assert [data for _, _, data in await follow(log)] == [b"2"]
+        await log.write([Write("session.x", b"4", 1)], 2, "session.x")
+        while await follow(log):
+            await asyncio.sleep(0.1)
 
     with_log(server, work, "ending")
 
